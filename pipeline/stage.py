@@ -1,0 +1,162 @@
+"""What every stage shares around its own work: Ray, the peak memory, the summary.
+
+Stages run as `ray job submit --working-dir . -- python -m jobs.<stage> --config ...`; each job connects to
+the cluster it was submitted to. Nothing here knows what a stage does.
+"""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import ray
+
+from pipeline import shards, storage
+from pipeline.schema import SUMMARY
+
+_MAX_SHARDS_IN_ONE_CALL = 10_000
+
+
+def connect() -> None:
+    """Connect to the cluster of this job (or start a local one when run by hand)."""
+    if not ray.is_initialized():
+        ray.init(ignore_reinit_error=True, log_to_driver=True)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = True
+
+
+def nodes() -> int:
+    return sum(1 for node in ray.nodes() if node["Alive"])
+
+
+def check_shared(url: str, shared_filesystem: bool, key: str) -> None:
+    """ValueError for a file:// output on several nodes, unless the config vouches that all see it."""
+    if url.startswith("file://") and nodes() > 1 and not shared_filesystem:
+        raise ValueError(
+            f"{key}: {url} is a local path and this cluster has {nodes()} nodes; write to s3://, or set "
+            "shared_filesystem: true if every node mounts that folder"
+        )
+
+
+def _proportional_memory(process: psutil.Process) -> int:
+    """PSS of one process in bytes: shared pages are divided among those that map them."""
+    try:
+        with open(f"/proc/{process.pid}/smaps_rollup") as file:
+            for line in file:
+                if line.startswith("Pss:"):
+                    return int(line.split()[1]) * 1024
+    except (OSError, psutil.Error):
+        pass
+    return 0
+
+
+def job_processes() -> list[psutil.Process]:
+    """This job's processes on this machine: the raylet's tree that the driver is part of (its workers
+    are in it), or the driver's own tree when Ray was started by it."""
+    me = psutil.Process()
+    root = next((parent for parent in me.parents() if parent.name() == "raylet"), me)
+    return [root, *root.children(recursive=True)]
+
+
+class PeakMemory:
+    """Samples the memory (sum of PSS) of this job's processes on this machine until it is closed."""
+
+    def __init__(self, interval_s: float = 2.0) -> None:
+        self.peak_bytes = 0
+        self._interval_s = interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            self.peak_bytes = max(self.peak_bytes, sum(map(_proportional_memory, job_processes())))
+            self._stop.wait(self._interval_s)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@dataclasses.dataclass
+class Summary:
+    """What a stage prints at its end and leaves as `_summary.json`."""
+
+    stage: str
+    rows_in: int = 0
+    rows_kept: int = 0
+    rejected: dict[str, int] = dataclasses.field(default_factory=dict)
+    errors: int = 0
+    already_done: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+    peak_memory_bytes: int = 0
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def rows_per_second(self) -> float:
+        return self.rows_in / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "rows_per_second": self.rows_per_second}
+
+    def table(self) -> str:
+        """A short table for a person."""
+        lines = [
+            ("rows in", f"{self.rows_in}"),
+            ("kept", f"{self.rows_kept}"),
+            *[(f"rejected: {reason}", f"{count}") for reason, count in self.rejected.items()],
+            ("error rows", f"{self.errors}"),
+            ("seconds", f"{self.seconds:.1f}"),
+            ("rows/s", f"{self.rows_per_second:.2f}"),
+            ("MB written", f"{self.bytes / 1e6:.1f}"),
+            ("peak memory GiB", f"{self.peak_memory_bytes / 2**30:.2f}"),
+            *[(key, f"{value}") for key, value in self.details.items() if not isinstance(value, list | dict)],
+        ]
+        width = max(len(name) for name, _ in lines)
+        return "\n".join([f"== {self.stage}", *[f"   {name:<{width}}  {value}" for name, value in lines]])
+
+
+def run_stage(name: str, folder_url: str, work: Callable[[Summary], None]) -> Summary:
+    """Run a stage's work with time and memory measured; write and print its summary."""
+    connect()
+    summary = Summary(name)
+    start = time.monotonic()
+    with PeakMemory() as memory:
+        work(summary)
+    summary.seconds = time.monotonic() - start
+    summary.peak_memory_bytes = memory.peak_bytes
+    storage.write_json(storage.join(folder_url, SUMMARY), summary.as_dict())
+    print(summary.table(), flush=True)
+    return summary
+
+
+def run_shards(
+    pending: list[shards.Shard],
+    task: Callable[..., dict[str, Any]] | type,
+    name: str,
+    concurrency: int | None = None,
+    constructor_args: tuple[Any, ...] = (),
+    **resources: Any,
+) -> list[dict[str, Any]]:
+    """Send every pending shard through one Ray Data operator; one shard is one block, one task, one file.
+
+    task: `row {"shard": Shard} -> report row` as a function, or a class (an actor that loads its models
+    once) with such a `__call__`.
+    """
+    if not pending:
+        return []
+    rows = [{"shard": shard} for shard in pending]
+    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), _MAX_SHARDS_IN_ONE_CALL))
+    if isinstance(task, type):
+        strategy = ray.data.ActorPoolStrategy(size=concurrency or 1)
+        mapped = dataset.map(task, fn_constructor_args=constructor_args, compute=strategy, **resources)
+    else:
+        mapped = dataset.map(task, fn_args=constructor_args, concurrency=concurrency, **resources)
+    mapped.set_name(name)
+    return mapped.take_all()
