@@ -188,8 +188,9 @@ class SwinMMDiT(nn.Module):
         grids = patch_grids(video_shapes, self.config.patch)
         plan = packing_plan(self.layers, grids, text_lengths, video.device)
         conditioning = F.silu(self._conditioning(timestep, pooled))
-        x = self.video_in(patchify(video, video_shapes, self.config.patch))
-        c = self.text_in(text)
+        dtype = self.video_in.weight.dtype
+        x = self.video_in(patchify(video.to(dtype), video_shapes, self.config.patch))
+        c = self.text_in(text.to(dtype))
         for index, (block, layout, reorder) in enumerate(
             zip(self.blocks, plan.layouts, plan.reorder, strict=True)
         ):
