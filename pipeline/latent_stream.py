@@ -1,0 +1,116 @@
+"""A latent video of any length in overlapping chunks: cut, denoised one by one, blended into one sequence.
+
+The transformer sees `length` latent frames at a time. Two neighbouring chunks share `overlap` of them, get
+the same noise there (it depends on the seed and the latent frame's own number, never on the chunk), and
+are blended linearly, in latent space. What is held never grows with the length of the video.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.schema import stable_hash
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """How a latent sequence is cut: both in latent frames."""
+
+    length: int
+    overlap: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < self.length:
+            raise ValueError(
+                f"an overlap of {self.overlap} latent frames needs chunks longer than {self.length}"
+            )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Latent frames (t, H', W', C) from number `start` of the whole sequence on."""
+
+    start: int
+    latent: Tensor
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.latent)
+
+
+class ChunkCutter:
+    """Cuts a sequence that arrives piece by piece into chunks.
+
+    Every chunk of a long sequence has the full length: the last one reaches back instead of being
+    short, so that the network sees as much context there as elsewhere.
+    """
+
+    def __init__(self, plan: ChunkPlan) -> None:
+        self.plan = plan
+        self.end = 0  # latent frames that have arrived
+        self.covered = 0  # of those, in some chunk
+        self._held: Tensor | None = None  # the newest `length` at most
+
+    def push(self, piece: Tensor) -> list[Chunk]:
+        """The chunks that (t, H', W', C) further latent frames complete."""
+        chunks = []
+        for frame in piece.split(1):
+            self.end += 1
+            held = frame if self._held is None else torch.cat([self._held, frame])
+            self._held = held[-self.plan.length :]
+            due = self.covered - self.plan.overlap if self.covered else 0
+            due += self.plan.length
+            if self.end == due:
+                chunks.append(self._newest())
+        return chunks
+
+    def finish(self) -> list[Chunk]:
+        """The last chunk, if any frame is in none yet."""
+        return [self._newest()] if self.end > self.covered else []
+
+    def _newest(self) -> Chunk:
+        assert self._held is not None
+        self.covered = self.end
+        return Chunk(self.end - len(self._held), self._held)
+
+
+class ChunkBlender:
+    """Joins processed chunks: each overlap goes linearly from the earlier chunk to the later one."""
+
+    def __init__(self, plan: ChunkPlan) -> None:
+        self.plan = plan
+        self.done = 0  # latent frames that have been given out
+        self._tail: Tensor | None = None  # frames from `done` on, of the chunk before
+
+    def add(self, chunk: Chunk) -> Tensor:
+        """Finished latent frames (t, H', W', C), t may be 0, in order, without gap or repetition."""
+        latent = chunk.latent[self.done - chunk.start :]
+        if self._tail is not None:
+            shared = len(self._tail)
+            weight = torch.arange(1, shared + 1, device=latent.device, dtype=latent.dtype) / (shared + 1)
+            blended = torch.lerp(self._tail, latent[:shared], weight[:, None, None, None])
+            latent = torch.cat([blended, latent[shared:]])
+        ready = max(0, len(latent) - self.plan.overlap)
+        self._tail = latent[ready:].clone()
+        self.done += ready
+        return latent[:ready]
+
+    def finish(self) -> Tensor | None:
+        """The frames of the last chunk that waited for a next one."""
+        return self._tail
+
+
+def frame_noise(seed: int, purpose: str, start: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise (t, H', W', C) on the CPU for latent frames `start`, `start` + 1, ...
+
+    Each frame's noise depends on the seed, the purpose and the frame's number alone: the same in every
+    chunk and on every machine.
+    """
+    frames = [
+        torch.randn(
+            shape[1:], generator=torch.Generator().manual_seed(stable_hash(seed, purpose, start + index))
+        )
+        for index in range(shape[0])
+    ]
+    return torch.stack(frames)
