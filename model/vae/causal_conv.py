@@ -1,0 +1,116 @@
+"""Convolutions that look only into the past, and the memory that lets a video pass through in slices.
+
+Layout: every activation is (B, C, T, H, W) stored channels last, so that folding time into the batch
+(norms and attention are per frame) is a view and not a copy.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+# On AVX2 CPUs oneDNN has no fast 3D kernel below this many channels (4 against 60 GFLOP/s a core at 16).
+FEW_CHANNELS = 32
+
+
+@dataclass
+class StreamMemory:
+    """What one stream has to remember between two slices: the last inputs of each convolution.
+
+    It belongs to the caller, never to the module, so one network can serve many streams and a killed job
+    can go on from `state_dict()`.
+    """
+
+    tails: dict[str, Tensor] = field(default_factory=dict)
+    frames: int = 0
+    """Frames (encoder) or latent frames (decoder) that have passed, all slices so far."""
+
+    @property
+    def at_start(self) -> bool:
+        """True until the first slice has passed."""
+        return self.frames == 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat tensors, ready for safetensors: the tails by convolution name, and `frames`."""
+        return {**self.tails, "frames": torch.tensor(self.frames)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> "StreamMemory":
+        """The memory that `state_dict()` described; go on with frame number `.frames` of the source."""
+        tails = {name: tail for name, tail in state.items() if name != "frames"}
+        return cls(tails=tails, frames=int(state["frames"]))
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x` (B, C, T, H, W) in channels-last storage, without a copy where it is so already."""
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def fold_time(x: Tensor) -> Tensor:
+    """(B, C, T, H, W) -> (B T, C, H, W), a view for channels-last storage."""
+    return rearrange(x, "b c t h w -> (b t) c h w")
+
+
+def unfold_time(x: Tensor, batch: int) -> Tensor:
+    """(B T, C, H, W) -> (B, C, T, H, W), the inverse of `fold_time`."""
+    return rearrange(x, "(b t) c h w -> b c t h w", b=batch)
+
+
+class CausalConv3d(nn.Conv3d):
+    """3D convolution whose padding in time is two copies of the first frame, before it.
+
+    In space it is an ordinary zero-padded convolution; `padding` is (0, h, w). In a stream, the last
+    inputs of the slice before take the place of the copies: the last (kernel - stride) frames.
+    """
+
+    name: str
+    """The key of this convolution's tail in a StreamMemory; the autoencoder sets it."""
+
+    def forward(self, x: Tensor, memory: StreamMemory | None = None) -> Tensor:
+        """(B, C, T, H, W) -> (B, C', T', H', W'); without `memory`, T is a whole clip."""
+        if self.kernel_size[0] == 1:
+            return self._per_frame(x, self.weight[:, :, 0])
+        whole_clip = memory is None or memory.at_start
+        if memory is None and x.shape[2] == 1:
+            # One frame is convolved with two copies of itself: the three taps can be added up first.
+            return self._per_frame(x, self.weight.sum(dim=2))
+        before = x[:, :, :1].expand(-1, -1, self.kernel_size[0] - 1, -1, -1) if whole_clip else memory.tails[self.name]
+        x = torch.cat([before, x], dim=2)
+        if memory is not None:
+            # A clone: a view would keep the whole slice alive.
+            memory.tails[self.name] = x[:, :, -(self.kernel_size[0] - self.stride[0]) :].clone()
+        if x.device.type == "cpu" and min(self.in_channels, self.out_channels) < FEW_CHANNELS:
+            return self._taps_as_channels(x)
+        return F.conv3d(x, self.weight, self.bias, self.stride, self.padding)
+
+    def _per_frame(self, x: Tensor, kernel: Tensor) -> Tensor:
+        """2D convolution of each frame by itself."""
+        kernel = kernel.contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(fold_time(x), kernel, self.bias, self.stride[1:], self.padding[1:])
+        return unfold_time(y, x.shape[0])
+
+    def _taps_as_channels(self, x: Tensor) -> Tensor:
+        """The same convolution as a 2D one over frames stacked along channels; `x` has its frames before."""
+        taps, stride = self.kernel_size[0], self.stride[0]
+        last = x.shape[2] - taps
+        stacked = torch.cat([x[:, :, tap : last + tap + 1 : stride] for tap in range(taps)], dim=1)
+        return self._per_frame(channels_last(stacked), rearrange(self.weight, "o i t h w -> o (t i) h w"))
+
+
+class FrameGroupNorm(nn.GroupNorm):
+    """GroupNorm over each frame by itself, so that statistics never cross time (facts: eps 1e-6)."""
+
+    def __init__(self, groups: int, channels: int) -> None:
+        super().__init__(groups, channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> the same shape."""
+        return unfold_time(super().forward(fold_time(x)), x.shape[0])
+
+
+def norm_silu(norm: FrameGroupNorm, x: Tensor) -> Tensor:
+    """silu(norm(x)); without gradients the activation overwrites the norm's own output."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
