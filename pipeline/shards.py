@@ -43,6 +43,12 @@ def check_fingerprint(folder_url: str, fingerprint: str) -> None:
         )
 
 
+def read_plans(folder_url: str) -> list[pa.Table]:
+    """Every plan that was ever written for a table's folder."""
+    files = storage.list_files(storage.join(folder_url, PLANS))
+    return [storage.read_table(url) for url, _, _ in files if url.endswith(".parquet")]
+
+
 def plan(
     folder_url: str, rows: list[dict[str, Any]], id_column: str, fingerprint: str, rows_per_shard: int
 ) -> list[Shard]:
@@ -53,10 +59,7 @@ def plan(
     a late writer of the killed run can only write the same bytes to the same name.
     """
     check_fingerprint(folder_url, fingerprint)
-    plans = [
-        url for url, _, _ in storage.list_files(storage.join(folder_url, PLANS)) if url.endswith(".parquet")
-    ]
-    planned = [storage.read_table(url) for url in plans]
+    planned = read_plans(folder_url)
     known = {row_id for table in planned for row_id in table.column("id").to_pylist()}
     fresh = sorted((row for row in rows if row[id_column] not in known), key=lambda row: row[id_column])
     if fresh:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
+import pyarrow.fs as pa_fs
 import pyarrow.parquet as pq
 
 _S3_OPTIONS: dict[str, Any] = {
@@ -59,6 +60,11 @@ def filesystem(url: str) -> fsspec.AbstractFileSystem:
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         return fsspec.filesystem("s3", endpoint_url=endpoint, **_S3_OPTIONS)
     return fsspec.filesystem("file", auto_mkdir=True)
+
+
+def arrow_filesystem(url: str) -> pa_fs.FileSystem:
+    """The same filesystem object for those that want PyArrow's interface (Ray)."""
+    return pa_fs.PyFileSystem(pa_fs.FSSpecHandler(filesystem(url)))
 
 
 def path_of(url: str) -> str:

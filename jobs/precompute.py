@@ -1,0 +1,15 @@
+"""Kept clips to text embeddings and HQ/LQ latents.
+
+ray job submit --working-dir . -- python -m jobs.precompute --config configs/demo/precompute.yaml
+"""
+
+from pipeline import precompute
+from pipeline.config import run_job
+
+
+def main() -> None:
+    run_job(precompute.PrecomputeConfig, __doc__, precompute.run)
+
+
+if __name__ == "__main__":
+    main()

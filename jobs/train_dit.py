@@ -1,0 +1,15 @@
+"""Train the diffusion transformer on precomputed latents.
+
+ray job submit --working-dir . -- python -m jobs.train_dit --config configs/demo/train_dit.yaml
+"""
+
+from pipeline import train_dit
+from pipeline.config import run_job
+
+
+def main() -> None:
+    run_job(train_dit.TrainDitConfig, __doc__, train_dit.run)
+
+
+if __name__ == "__main__":
+    main()

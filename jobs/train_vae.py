@@ -1,0 +1,15 @@
+"""Train the causal video autoencoder.
+
+ray job submit --working-dir . -- python -m jobs.train_vae --config configs/demo/train_vae.yaml
+"""
+
+from pipeline import train_vae
+from pipeline.config import run_job
+
+
+def main() -> None:
+    run_job(train_vae.TrainVaeConfig, __doc__, train_vae.run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Which samples a clip gives: buckets, random crops and seeds, drawn from ids alone.
+
+The paper crops and never resizes down (section 3.3); a clip smaller than a bucket gives no sample in it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline import schema
+
+_SIDE = schema.SPATIAL_FACTOR * schema.PATCH
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """A size that samples are cropped to, in pixels; frames are 4n+1."""
+
+    frames: int
+    """frames of a video sample (1 makes a bucket for images)"""
+    height: int
+    """pixels, a multiple of 16"""
+    width: int
+    """pixels, a multiple of 16"""
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or (self.frames - 1) % schema.TEMPORAL_FACTOR:
+            raise ValueError(f"buckets: {self.frames} frames; a bucket's frames are 4n+1 (1, 5, 9, 21, ...)")
+        if self.height < _SIDE or self.width < _SIDE or self.height % _SIDE or self.width % _SIDE:
+            raise ValueError(f"buckets: {self.height}x{self.width}; sides are multiples of {_SIDE}")
+
+    @property
+    def name(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Native:
+    """Samples of the clip's own size: sides floored to multiples of 16, frames to 4n+1."""
+
+    max_frames: int
+    """frames of the longest sample"""
+    max_pixels: int
+    """clips with more pixels a frame give no native sample"""
+
+
+def native_bucket(clip: dict[str, Any], native: Native) -> Bucket | None:
+    """The bucket of a clip's own size, or None if it is too small or too large."""
+    height, width = clip["height"] // _SIDE * _SIDE, clip["width"] // _SIDE * _SIDE
+    if not height or not width or clip["height"] * clip["width"] > native.max_pixels:
+        return None
+    frames = min(clip["num_frames"], native.max_frames)
+    return Bucket((frames - 1) // schema.TEMPORAL_FACTOR * schema.TEMPORAL_FACTOR + 1, height, width)
+
+
+def fits(clip: dict[str, Any], bucket: Bucket) -> bool:
+    """Whether the clip is long and large enough. Images go to 1-frame buckets only, videos to the others."""
+    kind_fits = (clip["media"] == "image") == (bucket.frames == 1)
+    return (
+        kind_fits
+        and clip["num_frames"] >= bucket.frames
+        and clip["height"] >= bucket.height
+        and clip["width"] >= bucket.width
+    )
+
+
+def plan_samples(
+    clip: dict[str, Any], buckets: Sequence[Bucket], native: Native | None, variants: int, seed: int
+) -> list[dict[str, Any]]:
+    """The planned rows of one clip: id, bucket, crop and seed of every sample."""
+    chosen = [(bucket.name, bucket) for bucket in buckets if fits(clip, bucket)]
+    if native is not None and (own := native_bucket(clip, native)) is not None:
+        chosen.append(("native", own))
+    rows = []
+    for name, bucket in chosen:
+        for variant in range(variants):
+            sample_id = schema.stable_id(clip["clip_id"], name, variant)
+            sample_seed = schema.stable_hash(seed, sample_id)
+            rows.append(
+                {
+                    "sample_id": sample_id,
+                    "clip_id": clip["clip_id"],
+                    "bucket": name,
+                    "num_frames": bucket.frames,
+                    "height": bucket.height,
+                    "width": bucket.width,
+                    "crop": random_crop(clip, bucket, sample_seed),
+                    "seed": sample_seed,
+                }
+            )
+    return rows
+
+
+def random_crop(clip: dict[str, Any], bucket: Bucket, seed: int) -> list[int]:
+    """First frame, top, left of a crop, uniform over all that fit."""
+    draw = np.random.default_rng(seed)
+    rooms = (
+        clip["num_frames"] - bucket.frames,
+        clip["height"] - bucket.height,
+        clip["width"] - bucket.width,
+    )
+    return [int(draw.integers(0, room + 1)) for room in rooms]
