@@ -1,0 +1,15 @@
+"""Make a synthetic benchmark of lossless HQ and LQ files from clips.
+
+    ray job submit --working-dir . -- python -m jobs.pairs --folder s3://bucket/clips --output s3://bucket/set
+"""
+
+from pipeline import pairs
+from pipeline.config import run_job
+
+
+def main() -> None:
+    run_job(pairs.PairsConfig, __doc__, pairs.run)
+
+
+if __name__ == "__main__":
+    main()

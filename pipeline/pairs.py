@@ -1,0 +1,185 @@
+"""A synthetic benchmark: clips -> lossless HQ and LQ files with the same degradations as training.
+
+    <output>/hq/<name>.mkv (or .png)   the truth, cropped, never resized
+    <output>/lq/<name>.mkv (or .png)   the same frames, degraded, at the same size
+    <output>/manifest.json             every drawn parameter, seeds, sources
+
+Each pair depends on the clip, the recipe and the seed alone; pairs that are there are left alone.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from fractions import Fraction
+from typing import Any
+
+import cv2
+import numpy as np
+import ray
+
+from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, draw, to_json
+from pipeline import media, schema, stage, storage
+from pipeline.sandbox import MediaError, Sandbox
+
+HQ, LQ, MANIFEST, RECORDS = "hq", "lq", "manifest.json", "_records"
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsConfig:
+    """What `jobs.pairs` reads."""
+
+    output: str
+    """absolute URL of the folder for hq/, lq/ and manifest.json"""
+    data: str | None = None
+    """absolute URL of a data root: pairs of its kept clips of one split"""
+    split: str = "held_out"
+    """which split, with `data`"""
+    folder: str | None = None
+    """absolute URL of a folder of videos and images instead of a data root"""
+    max_frames: int = 32
+    """frames of a pair, from the clip's middle"""
+    max_height: int = 720
+    """pixels; larger clips are cropped around their centre"""
+    max_width: int = 1280
+    """pixels"""
+    video_recipe: RecipeConfig = REALBASICVSR
+    """degradations of videos"""
+    image_recipe: RecipeConfig = REALESRGAN
+    """degradations of images"""
+    seed: int = 0
+    """of all drawn parameters"""
+    decode_seconds: float = 120.0
+    """a clip that takes longer to decode is left out, with the reason in the manifest"""
+    max_clips: int | None = None
+    """at most so many, spread over the sources in turn (null: all)"""
+
+    def __post_init__(self) -> None:
+        storage.check_url(self.output, "output")
+        if (self.data is None) == (self.folder is None):
+            raise ValueError("give either data (a data root) or folder (a folder of videos)")
+        storage.check_url(self.data or self.folder or "", "data" if self.data else "folder")
+
+
+def clip_rows(config: PairsConfig) -> list[dict[str, Any]]:
+    """What pairs are made from: rows like those of clips/, each with a `name` for its files."""
+    if config.folder is not None:
+        rows = [
+            {"clip_id": schema.stable_id(os.path.relpath(url, config.folder), size), "uri": url}
+            for url, size, _ in storage.list_files(config.folder)
+        ]
+    else:
+        assert config.data is not None
+        clips = storage.read_folder(storage.join(config.data, schema.CLIPS))
+        selection = storage.read_folder(storage.join(config.data, schema.SELECTION))
+        if clips is None or selection is None:
+            raise ValueError(
+                f"data: {config.data} has no clips/ or no selection/; run ingest and filter first"
+            )
+        kept = {
+            row["clip_id"] for row in selection.to_pylist() if row["keep"] and row["split"] == config.split
+        }
+        rows = [row for row in clips.to_pylist() if row["clip_id"] in kept]
+    named = [{**row, "name": f"{_stem(row['uri'])}_{row['clip_id'][:8]}"} for row in rows]
+    return spread_over_sources(named, config.max_clips)
+
+
+def _stem(uri: str) -> str:
+    return os.path.splitext(os.path.basename(uri))[0]
+
+
+def spread_over_sources(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
+    """At most `limit` rows: the first clip of every source, then the second of every source, and so on."""
+    by_source: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: (row["uri"], row.get("start_pts") or 0)):
+        by_source.setdefault(row["uri"], []).append(row)
+    turns = [(turn, source, row) for source, group in by_source.items() for turn, row in enumerate(group)]
+    ordered = [row for _, _, row in sorted(turns, key=lambda item: item[:2])]
+    return ordered[:limit]
+
+
+def read_middle(row: dict[str, Any], path: str, max_frames: int) -> tuple[np.ndarray, str, float]:
+    """The middle frames of a clip row, or of a whole file where the row has no span: frames, media, fps."""
+    if "num_frames" in row:
+        count = min(row["num_frames"], max_frames)
+        first = (row["num_frames"] - count) // 2
+        return media.read_frames(row, path, first, count), row["media"], row["fps"] or 25.0
+    probe = media.probe(path)
+    frames = np.stack(list(media.decode_frames(path, max_frames=max_frames)))
+    return frames, probe.media, float(probe.fps or 25)
+
+
+def centre_crop(frames: np.ndarray, max_height: int, max_width: int) -> np.ndarray:
+    height, width = frames.shape[1:3]
+    top, left = max(0, (height - max_height) // 2), max(0, (width - max_width) // 2)
+    return np.ascontiguousarray(frames[:, top : top + max_height, left : left + max_width])
+
+
+def write_lossless(url: str, frames: np.ndarray, fps: float, is_image: bool) -> None:
+    """PNG for one image, FFV1 in RGB for a video: what is read back is what was written."""
+    if is_image:
+        ok, data = cv2.imencode(".png", cv2.cvtColor(frames[0], cv2.COLOR_RGB2BGR))
+        assert ok
+        storage.write_bytes(url, data.tobytes())
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "pair.mkv")
+        _, height, width, _ = frames.shape
+        with media.VideoWriter(
+            path, Fraction(fps).limit_denominator(1001), width, height, lossless=True
+        ) as out:
+            for frame in frames:
+                out.write(frame)
+        with open(path, "rb") as file:
+            storage.write_bytes(url, file.read())
+
+
+def make_pair(row: dict[str, Any], config: PairsConfig) -> dict[str, Any]:
+    """Write one pair and its record; a clip that does not decode is a record with `error`."""
+    record_url = storage.join(config.output, RECORDS, f"{row['name']}.json")
+    if storage.exists(record_url):
+        return storage.read_json(record_url)
+    record = {"name": row["name"], "clip_id": row["clip_id"], "source": os.path.basename(row["uri"])}
+    sandbox = Sandbox(time_limit_s=config.decode_seconds)
+    try:
+        with tempfile.TemporaryDirectory() as folder, storage.local_copy(row["uri"], folder) as path:
+            frames, kind, fps = sandbox.call(read_middle, row, path, config.max_frames)
+    except (MediaError, ValueError, OSError) as error:
+        return {**record, "error": f"{row['uri']}: {error}"}
+    finally:
+        sandbox.close()
+    hq = centre_crop(frames, config.max_height, config.max_width)
+    seed = schema.stable_hash(config.seed, row["clip_id"])
+    recipe = config.image_recipe if kind == "image" else config.video_recipe
+    degradation = draw(recipe, seed, hq.shape[:3], fps)
+    applied = apply(degradation, hq)
+    suffix = ".png" if kind == "image" else ".mkv"
+    for name, pixels in ((HQ, hq), (LQ, applied.lq)):
+        url = storage.join(config.output, name, row["name"] + suffix)
+        write_lossless(url, pixels, fps, kind == "image")
+    count, height, width, _ = hq.shape
+    record |= {"file": row["name"] + suffix, "media": kind, "frames": count, "height": height, "width": width}
+    record |= {"fps": fps, "seed": seed, "degradation": json.loads(to_json(degradation))}
+    record["measured"] = applied.measured
+    storage.write_json(record_url, record)
+    return record
+
+
+def run(config: PairsConfig) -> stage.Summary:
+    """Make every pair that is missing, then the manifest."""
+
+    def work(summary: stage.Summary) -> None:
+        rows = clip_rows(config)
+        if not rows:
+            raise ValueError("no clip to make pairs from")
+        # One block a clip, so that long clips do not wait for each other.
+        dataset = ray.data.from_items([{"row": row} for row in rows], override_num_blocks=len(rows))
+        made = dataset.map(lambda item: {"record": make_pair(item["row"], config)}, num_cpus=1)
+        made.set_name("pairs")
+        records = sorted((item["record"] for item in made.take_all()), key=lambda record: record["name"])
+        storage.write_json(storage.join(config.output, MANIFEST), {"seed": config.seed, "pairs": records})
+        summary.rows_in = len(rows)
+        summary.errors = sum(1 for record in records if "error" in record)
+        summary.rows_kept = len(rows) - summary.errors
+
+    return stage.run_stage("pairs", config.output, work)
