@@ -11,6 +11,7 @@ Only tensors are ever read: safetensors, or `.pth` with `weights_only=True`; not
 
 import dataclasses
 import json
+import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +41,11 @@ def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     if path.suffix not in (".pth", ".pt"):
         raise ValueError(f"{path}: checkpoints are .safetensors, .pth or .pt files")
-    state = torch.load(path, map_location=device, weights_only=True, mmap=True)
+    try:
+        state = torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not a file of plain tensors that torch can map: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: expected a flat table of tensors (a state dict)")
     return state
@@ -103,17 +108,24 @@ def build_autoencoder(
     return load_strict(autoencoder, state, source).eval()
 
 
-def load_autoencoder(path: str | Path, device: str = "cpu") -> CausalVideoAutoencoder:
+def load_autoencoder(
+    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> CausalVideoAutoencoder:
     """An autoencoder saved by `save_autoencoder`, or the released `ema_vae` (.pth or .safetensors).
 
-    A file that states no configuration is taken for the released one and checked strictly.
+    A file that states no configuration is taken for the released one and checked strictly. Whatever
+    precision the file has, the network computes in `dtype`.
     """
     header = read_header(path)
-    config = config_from_header(AutoencoderConfig, header["autoencoder"], path) if "autoencoder" in header else FULL_CONFIG
-    return build_autoencoder(config, read_tensors(path, device), path)
+    config = FULL_CONFIG
+    if "autoencoder" in header:
+        config = config_from_header(AutoencoderConfig, header["autoencoder"], path)
+    return build_autoencoder(config, read_tensors(path, device), path).to(dtype)
 
 
-def save_autoencoder(path: str | Path, autoencoder: CausalVideoAutoencoder, header: Mapping[str, Any]) -> None:
+def save_autoencoder(
+    path: str | Path, autoencoder: CausalVideoAutoencoder, header: Mapping[str, Any]
+) -> None:
     """Write weights and configuration; `header` is anything more to keep beside them (step, source)."""
     config = dataclasses.asdict(autoencoder.config)
     write_tensors(path, autoencoder.state_dict(), {**header, "autoencoder": config})

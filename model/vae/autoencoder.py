@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.vae.blocks import Downsampler, DownBlock, MiddleBlock, UpBlock, Upsampler
+from model.vae.blocks import DownBlock, Downsampler, MiddleBlock, UpBlock, Upsampler
 from model.vae.causal_conv import CausalConv3d, FrameGroupNorm, StreamMemory, channels_last, norm_silu
 
 
@@ -52,8 +52,8 @@ class AutoencoderConfig:
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(T', H', W') of a video of any (T, H, W) in frames and pixels; parts count as wholes."""
-        space = self.space_factor
-        return (frames - 2 + self.time_factor) // self.time_factor + 1, -(-height // space), -(-width // space)
+        time, space = self.time_factor, self.space_factor
+        return -(-(frames - 1) // time) + 1, -(-height // space), -(-width // space)
 
 
 FULL_CONFIG = AutoencoderConfig(
@@ -121,7 +121,7 @@ class Decoder(nn.Module):
         return self.conv_out(norm_silu(self.conv_norm_out, x), memory)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weight that the adaptive discriminator weight measures gradients at."""
         return self.conv_out.weight
 
@@ -233,8 +233,9 @@ class CausalVideoAutoencoder(nn.Module):
         return mean, log_variance.clamp(-30.0, 20.0)
 
     def _check_slice(self, slice_frames: int) -> None:
-        if slice_frames < 1 or slice_frames % self.config.time_factor:
-            raise ValueError(f"slice_frames {slice_frames} must be a positive multiple of {self.config.time_factor}")
+        factor = self.config.time_factor
+        if slice_frames < 1 or slice_frames % factor:
+            raise ValueError(f"slice_frames {slice_frames} must be a positive multiple of {factor}")
 
 
 def posterior_noise(shape: tuple[int, ...], seed: int, device: torch.device | str = "cpu") -> Tensor:

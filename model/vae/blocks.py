@@ -3,6 +3,8 @@
 Parameter names are those of the released checkpoint.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -28,7 +30,8 @@ class ResidualBlock(nn.Module):
         self.conv1 = CausalConv3d(in_channels, out_channels, 3, padding=(0, 1, 1))
         self.norm2 = FrameGroupNorm(groups, out_channels)
         self.conv2 = CausalConv3d(out_channels, out_channels, 3, padding=(0, 1, 1))
-        self.conv_shortcut = CausalConv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        same = in_channels == out_channels
+        self.conv_shortcut = None if same else CausalConv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, memory: StreamMemory | None) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T, H, W)."""
@@ -102,7 +105,7 @@ class Upsampler(nn.Module):
         with torch.no_grad():  # starts as a nearest-neighbour copy
             identity = torch.eye(channels).repeat(copies, 1)
             self.upscale_conv.weight.copy_(identity[:, :, None, None, None])
-            self.upscale_conv.bias.zero_()
+            self.upscale_conv.get_parameter("bias").zero_()
 
     def forward(self, x: Tensor, memory: StreamMemory | None) -> Tensor:
         """(B, C, T, H, W) -> (B, C, 2T - 1 | 2T | T, 2H, 2W)."""
@@ -121,9 +124,8 @@ class DownBlock(nn.Module):
         self, in_channels: int, out_channels: int, layers: int, groups: int, downsampler: Downsampler | None
     ) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(
-            [ResidualBlock(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(layers)]
-        )
+        widths = [in_channels] + [out_channels] * layers
+        self.resnets = nn.ModuleList([ResidualBlock(a, b, groups) for a, b in pairwise(widths)])
         self.downsamplers = nn.ModuleList([] if downsampler is None else [downsampler])
 
     def forward(self, x: Tensor, memory: StreamMemory | None) -> Tensor:
@@ -140,9 +142,8 @@ class UpBlock(nn.Module):
         self, in_channels: int, out_channels: int, layers: int, groups: int, upsampler: Upsampler | None
     ) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(
-            [ResidualBlock(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(layers)]
-        )
+        widths = [in_channels] + [out_channels] * layers
+        self.resnets = nn.ModuleList([ResidualBlock(a, b, groups) for a, b in pairwise(widths)])
         self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
 
     def forward(self, x: Tensor, memory: StreamMemory | None) -> Tensor:

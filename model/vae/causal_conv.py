@@ -73,11 +73,13 @@ class CausalConv3d(nn.Conv3d):
         """(B, C, T, H, W) -> (B, C', T', H', W'); without `memory`, T is a whole clip."""
         if self.kernel_size[0] == 1:
             return self._per_frame(x, self.weight[:, :, 0])
-        whole_clip = memory is None or memory.at_start
         if memory is None and x.shape[2] == 1:
             # One frame is convolved with two copies of itself: the three taps can be added up first.
             return self._per_frame(x, self.weight.sum(dim=2))
-        before = x[:, :, :1].expand(-1, -1, self.kernel_size[0] - 1, -1, -1) if whole_clip else memory.tails[self.name]
+        if memory is None or memory.at_start:
+            before = x[:, :, :1].expand(-1, -1, self.kernel_size[0] - 1, -1, -1)
+        else:
+            before = memory.tails[self.name]
         x = torch.cat([before, x], dim=2)
         if memory is not None:
             # A clone: a view would keep the whole slice alive.
