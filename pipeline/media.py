@@ -108,13 +108,22 @@ def _check_pixels(width: int, height: int, max_pixels: int) -> None:
         raise ValueError(f"{width}x{height} pixels are more than the limit of {max_pixels} pixels a frame")
 
 
+def _open_quietly(path: str) -> Any:
+    """The file's container; FFmpeg's log is heard while it opens (for the reason of a failure), then off."""
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture():
+            return av.open("file:" + path, options={"format_whitelist": _DEMUXERS})
+    finally:
+        av.logging.set_level(av.logging.PANIC)
+
+
 @contextlib.contextmanager
 def _open_video(path: str, threads: int, max_pixels: int) -> Iterator[tuple[Any, Any]]:
     """(container, first video stream), the size checked before any frame is decoded."""
     _check_file(path)
-    av.logging.set_level(av.logging.ERROR)
     try:
-        with av.open("file:" + path, options={"format_whitelist": _DEMUXERS}) as container:
+        with _open_quietly(path) as container:
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 what = "only audio" if container.streams.audio else "no pictures"
