@@ -1,0 +1,357 @@
+"""Drawing a degradation and applying it: two steps, since what was drawn is a value worth keeping.
+
+`draw(config, seed, shape, fps)` gives every parameter of every frame; `apply(degradation, frames)`
+gives the LQ clip, the same bytes each time with the same library versions. A `Degradation` goes to JSON
+and back unchanged.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, get_args
+
+import numpy as np
+
+from degradations.config import (
+    LIGHT,
+    REALBASICVSR,
+    REALESRGAN,
+    BlurConfig,
+    CodecConfig,
+    EndConfig,
+    JpegConfig,
+    NoiseConfig,
+    OrderConfig,
+    Range,
+    RecipeConfig,
+    ResizeConfig,
+)
+from degradations.operations import (
+    Blur,
+    FrameOperation,
+    GaussianNoise,
+    Interpolation,
+    Jpeg,
+    Operation,
+    PoissonNoise,
+    Resize,
+    UnsharpMask,
+    VideoCodec,
+)
+
+__all__ = [
+    "LIGHT",
+    "REALBASICVSR",
+    "REALESRGAN",
+    "Applied",
+    "Degradation",
+    "RecipeConfig",
+    "apply",
+    "draw",
+    "from_json",
+    "to_json",
+]
+
+MIN_SIDE_PX = 4
+"""No resize goes below this: 16x16 through Real-ESRGAN's factors would end at 1x1."""
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """All that will happen to one clip."""
+
+    shape: tuple[int, int, int]
+    """(T, H, W) of the clip it was drawn for; it applies to no other"""
+    truth: UnsharpMask | None
+    """What happens to HQ itself before LQ is made from it"""
+    operations: tuple[Operation, ...]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A degraded clip."""
+
+    lq: np.ndarray
+    """(T, H, W, 3) uint8, the size of HQ"""
+    hq: np.ndarray
+    """What to train towards: the frames given, or their sharpened copy where the recipe sharpens the truth"""
+    measured: list[dict[str, Any]]
+    """One entry per codec: its place in `operations`, encoder, drawn and measured rates, encodes"""
+
+
+# ---------------------------------------------------------------------------------------- drawing
+
+
+class _Clock:
+    """How one value moves over the frames of a clip, in the recipe's time mode."""
+
+    def __init__(self, time: str, num_frames: int, rng: np.random.Generator):
+        self.time, self.num_frames, self.rng = time, num_frames, rng
+
+    def number(self, bounds: Range, step: float, start: Range | None = None) -> tuple[float, ...]:
+        """A value of each frame, within `bounds`; the first (and any independent one) within `start`.
+
+        Rounded to 5 decimals, so that a row's JSON stays small.
+        """
+        start = start or bounds
+        if self.time == "independent":
+            values = self.rng.uniform(*start, size=self.num_frames)
+        else:
+            values = np.full(self.num_frames, self.rng.uniform(*start))
+            if self.time == "walk" and step > 0:
+                steps = self.rng.uniform(-step, step, size=self.num_frames)
+                for index in range(1, self.num_frames):
+                    values[index] = min(max(values[index - 1] + steps[index], bounds[0]), bounds[1])
+        return tuple(min(max(value, bounds[0]), bounds[1]) for value in values.round(5).tolist())
+
+    def choice(self, probabilities: dict[Any, float]) -> tuple[Any, ...]:
+        """A kind for each frame; the same for all unless frames are independent."""
+        kinds, weights = list(probabilities), np.array(list(probabilities.values()))
+        count = self.num_frames if self.time == "independent" else 1
+        drawn = self.rng.choice(len(kinds), size=count, p=weights / weights.sum()).tolist()
+        return tuple(kinds[index] for index in drawn) * (self.num_frames // count)
+
+    def by_kind(
+        self, kinds: tuple[Any, ...], number: Callable[[Any], tuple[float, ...]]
+    ) -> tuple[float, ...]:
+        """Values whose law depends on the frame's kind: each kind's series, read at its own frames."""
+        series = {kind: number(kind) for kind in dict.fromkeys(kinds)}
+        return tuple(series[kind][index] for index, kind in enumerate(kinds))
+
+    def happens(self, probability: float) -> bool:
+        return bool(self.rng.random() < probability)
+
+    def seed(self) -> int:
+        return int(self.rng.integers(2**53))  # whole in any JSON reader
+
+
+def _draw_blur(config: BlurConfig, clock: _Clock) -> Blur:
+    kind = clock.choice(config.kernels)
+    size_px = clock.choice(dict.fromkeys(config.sizes_px, 1.0))
+
+    def beta(of: str) -> tuple[float, ...]:
+        if of.startswith("plateau"):
+            return clock.number(config.beta_plateau, config.beta_plateau_step)
+        return clock.number(config.beta_generalized, config.beta_generalized_step)
+
+    def omega(size: int) -> tuple[float, ...]:
+        widest = (np.pi / 3, np.pi) if size < 13 else (np.pi / 5, np.pi)
+        return clock.number(config.omega_rad or widest, config.omega_step_rad)
+
+    return Blur(
+        kind=kind,
+        size_px=size_px,
+        sigma_x_px=clock.number(config.sigma_px, config.sigma_step_px),
+        sigma_y_px=clock.number(config.sigma_px, config.sigma_step_px),
+        rotation_rad=clock.number((-np.pi, np.pi), config.rotation_step_rad),
+        beta=clock.by_kind(kind, beta),
+        omega_rad=clock.by_kind(size_px, omega),
+    )
+
+
+Sizes = list[tuple[int, int]]
+"""(H, W) of each frame at a point of the chain."""
+
+
+def _draw_resize(config: ResizeConfig, clock: _Clock, sizes: Sizes, quarter: tuple[int, int]) -> Resize:
+    """Frames of different sizes (after an earlier walk) all go by the first one's size, as in MMagic."""
+    low, high = config.factor
+    keep = max(0.0, 1.0 - config.up - config.down)
+    direction = clock.choice({"up": config.up, "down": config.down, "keep": keep})
+    bounds = (min(low, 1.0), max(high, 1.0))
+    starts: dict[str, Range] = {"up": (1.0, bounds[1]), "down": (bounds[0], 1.0), "keep": (1.0, 1.0)}
+    factors = clock.by_kind(direction, lambda way: clock.number(bounds, config.step, starts[way]))
+    height, width = quarter if config.of_quarter else sizes[0]
+
+    def side(length: int, factor: float) -> int:
+        scaled = int(length * factor)
+        return max(MIN_SIDE_PX, scaled - scaled % 2 if config.even else scaled)
+
+    return Resize(
+        interpolation=clock.choice(config.interpolations),
+        height_px=tuple(side(height, factor) for factor in factors),
+        width_px=tuple(side(width, factor) for factor in factors),
+    )
+
+
+def _resize_all(interpolation: tuple[Interpolation, ...], size: tuple[int, int]) -> Resize:
+    """Every frame to one size (H, W)."""
+    count = len(interpolation)
+    return Resize(interpolation, (size[0],) * count, (size[1],) * count)
+
+
+def _draw_noise(config: NoiseConfig, clock: _Clock) -> list[Operation]:
+    """One operation; or, where frames are independent, both, each silent on the other's frames."""
+    gaussian = clock.choice({True: config.gaussian, False: 1.0 - config.gaussian})
+    grey = clock.choice({True: config.grey, False: 1.0 - config.grey})
+    drawn: list[Operation] = []
+    if any(gaussian):
+        sigma = clock.number(config.gaussian_sigma, config.gaussian_sigma_step)
+        sigma = tuple(value if on else 0.0 for value, on in zip(sigma, gaussian, strict=True))
+        drawn.append(GaussianNoise(sigma, grey, clock.seed()))
+    if not all(gaussian):
+        scale = clock.number(config.poisson_scale, config.poisson_scale_step)
+        scale = tuple(0.0 if on else value for value, on in zip(scale, gaussian, strict=True))
+        drawn.append(PoissonNoise(scale, grey, clock.seed()))
+    return drawn
+
+
+def _draw_jpeg(config: JpegConfig, clock: _Clock) -> Jpeg:
+    return Jpeg(tuple(round(quality) for quality in clock.number(config.quality, config.quality_step)))
+
+
+def _draw_codec(config: CodecConfig, clock: _Clock, fps: float) -> VideoCodec:
+    rate = round(float(clock.rng.uniform(*config.bits_per_pixel)), 5)
+    kinds, weights = list(config.encoders), list(config.encoders.values())
+    return VideoCodec(kinds[int(clock.rng.choice(len(kinds), p=weights))], rate, fps)  # type: ignore[arg-type]
+
+
+def _compress(
+    jpeg: JpegConfig | None, codec: CodecConfig | None, clock: _Clock, fps: float
+) -> list[Operation]:
+    drawn: list[Operation] = []
+    if jpeg is not None and clock.happens(jpeg.probability):
+        drawn.append(_draw_jpeg(jpeg, clock))
+    if codec is not None and clock.num_frames > 1 and clock.happens(codec.probability):
+        drawn.append(_draw_codec(codec, clock, fps))
+    return drawn
+
+
+def _draw_order(
+    config: OrderConfig, clock: _Clock, sizes: Sizes, quarter: tuple[int, int], fps: float
+) -> tuple[list[Operation], Sizes]:
+    drawn: list[Operation] = []
+    if config.blur is not None and clock.happens(config.blur.probability):
+        drawn.append(_draw_blur(config.blur, clock))
+    if config.resize is not None:
+        resize = _draw_resize(config.resize, clock, sizes, quarter)
+        sizes = list(zip(resize.height_px, resize.width_px, strict=True))
+        drawn.append(resize)
+    if config.noise is not None and clock.happens(config.noise.probability):
+        drawn += _draw_noise(config.noise, clock)
+    compression = _compress(config.jpeg, config.codec, clock, fps)
+    if any(isinstance(operation, VideoCodec) for operation in compression):
+        sizes = [sizes[0]] * len(sizes)  # a stream has one size
+    return drawn + compression, sizes
+
+
+def _draw_end(config: EndConfig, clock: _Clock, quarter: tuple[int, int], fps: float) -> list[Operation]:
+    interpolation = clock.choice({"area": 1 / 3, "bilinear": 1 / 3, "bicubic": 1 / 3})
+    shrink: list[Operation] = [_resize_all(interpolation, quarter)]
+    if clock.happens(config.sinc.probability):
+        shrink.append(_draw_blur(config.sinc, clock))
+    compression = _compress(config.jpeg, config.codec, clock, fps)
+    return shrink + compression if clock.happens(0.5) else compression + shrink
+
+
+def draw(config: RecipeConfig, seed: int, shape: tuple[int, int, int], fps: float) -> Degradation:
+    """Everything that will happen to a clip of `shape` (T, H, W) at `fps`, by `seed` alone.
+
+    A clip of one frame gets no video codec. Cheap: about a millisecond for 21 frames.
+    """
+    num_frames, height, width = (int(length) for length in shape)
+    if min(num_frames, height, width) < 1:
+        raise ValueError(f"shape: {tuple(shape)} must be (T, H, W), each 1 or more")
+    if num_frames > 1 and not fps > 0:
+        raise ValueError(f"fps: {fps} must be above 0 for a clip of {num_frames} frames")
+    clock = _Clock(config.time, num_frames, np.random.default_rng(seed))
+    shrink = config.end.shrink if config.end is not None else 1
+    quarter = (max(MIN_SIDE_PX, height // shrink), max(MIN_SIDE_PX, width // shrink))
+    sizes: Sizes = [(height, width)] * num_frames
+    operations: list[Operation] = []
+    for order in (config.first, config.second):
+        if order is not None:
+            drawn, sizes = _draw_order(order, clock, sizes, quarter, fps)
+            operations += drawn
+    if config.end is not None:
+        operations += _draw_end(config.end, clock, quarter, fps)
+    back: tuple[Interpolation, ...] = ("bicubic",) * num_frames
+    operations.append(_resize_all(back, (height, width)))
+    truth = UnsharpMask() if config.sharpen_truth else None
+    return Degradation((num_frames, height, width), truth, tuple(operations))
+
+
+# --------------------------------------------------------------------------------------- applying
+
+
+def apply(degradation: Degradation, frames: np.ndarray) -> Applied:
+    """Degrade `frames` (T, H, W, 3) uint8 RGB, the clip the degradation was drawn for."""
+    shape = (*degradation.shape, 3)
+    if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8 or frames.shape != shape:
+        got = f"{frames.dtype} {frames.shape}" if isinstance(frames, np.ndarray) else type(frames).__name__
+        raise ValueError(f"frames: got {got}; this degradation was drawn for uint8 {shape} (T, H, W, RGB)")
+    hq = frames
+    if degradation.truth is not None:
+        hq = np.stack([degradation.truth.apply(frame) for frame in frames])
+    clip = [np.ascontiguousarray(frame) for frame in hq]
+    measured: list[dict[str, Any]] = []
+    for place, operation in enumerate(degradation.operations):
+        if isinstance(operation, VideoCodec):
+            done = operation.apply_clip(clip)
+            height, width = done.frames[0].shape[:2]
+            measured.append(
+                {
+                    "operation": place,
+                    "encoder": operation.encoder,
+                    "drawn_bits_per_pixel": operation.bits_per_pixel,
+                    "measured_bits_per_pixel": round(done.bits_per_pixel, 5),
+                    "measured_bits_per_s": round(done.bits_per_pixel * height * width * operation.fps),
+                    "encodes": done.encodes,
+                }
+            )
+            clip = done.frames
+        else:
+            clip = [operation.apply(frame, index) for index, frame in enumerate(clip)]
+    return Applied(np.stack(clip), hq, measured)
+
+
+# ------------------------------------------------------------------------------------------- JSON
+
+_OPERATIONS = {cls.__name__: cls for cls in (*get_args(FrameOperation), VideoCodec)}
+
+
+def _pack(operation: Operation | UnsharpMask) -> dict[str, Any]:
+    """A field with one value per frame becomes that value alone where all frames share it."""
+    packed: dict[str, Any] = {"operation": type(operation).__name__}
+    for item in fields(operation):
+        value = getattr(operation, item.name)
+        if isinstance(value, tuple):
+            value = value[0] if len(set(value)) == 1 else list(value)
+        packed[item.name] = value
+    return packed
+
+
+def _unpack(packed: dict[str, Any], num_frames: int) -> Operation:
+    values = dict(packed)
+    name = values.pop("operation")
+    cls = _OPERATIONS.get(name)
+    if cls is None:
+        raise ValueError(f"degradation: unknown operation {name!r}; known: {', '.join(_OPERATIONS)}")
+    for item in fields(cls):
+        if str(item.type).startswith("tuple"):
+            value = values[item.name]
+            values[item.name] = tuple(value) if isinstance(value, list) else (value,) * num_frames
+    return cls(**values)
+
+
+def to_json(degradation: Degradation) -> str:
+    """Every parameter, on one line: about 1 kB a clip without and 10 kB with walks over 21 frames."""
+    truth = degradation.truth
+    record = {
+        "shape": list(degradation.shape),
+        "truth": None if truth is None else {item.name: getattr(truth, item.name) for item in fields(truth)},
+        "operations": [_pack(operation) for operation in degradation.operations],
+    }
+    return json.dumps(record, separators=(",", ":"))
+
+
+def from_json(text: str) -> Degradation:
+    """What `to_json` wrote, equal to the original."""
+    try:
+        record = json.loads(text)
+        num_frames, height, width = record["shape"]
+        truth = None if record["truth"] is None else UnsharpMask(**record["truth"])
+        operations = tuple(_unpack(packed, num_frames) for packed in record["operations"])
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"degradation: not the JSON of a degradation ({error!r})") from error
+    return Degradation((num_frames, height, width), truth, operations)
