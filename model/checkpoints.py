@@ -22,7 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from model.nadit import NaDiT, NaDiTConfig
 from model.vae import FULL_CONFIG, AutoencoderConfig, CausalVideoAutoencoder
+from model.windows import RELEASED_WINDOW
 
 Network = TypeVar("Network", bound=nn.Module)
 LISTED_KEYS = 5
@@ -142,6 +144,34 @@ def released_autoencoder_config(released: Mapping[str, Any]) -> AutoencoderConfi
         time_halvings=released["temporal_scale_num"],
         latent_scale=FULL_CONFIG.latent_scale,
         latent_shift=FULL_CONFIG.latent_shift,
+    )
+
+
+# -- released backbones ---------------------------------------------------------------------------------
+
+
+def build_backbone(config: NaDiTConfig, state: Mapping[str, Tensor], source: str | Path) -> NaDiT:
+    """The released backbone of `config` holding `state`, in evaluation mode."""
+    with torch.device("meta"):
+        backbone = NaDiT(config)
+    return load_strict(backbone, state, source).eval()
+
+
+def released_backbone_config(released: Mapping[str, Any]) -> NaDiTConfig:
+    """Our configuration from the released code's (`mm_layers` is only in the 3B's)."""
+    return NaDiTConfig(
+        kind="3b" if "mm_layers" in released else "7b",
+        num_layers=released["num_layers"],
+        num_heads=released["heads"],
+        head_dim=released["head_dim"],
+        width=released["vid_dim"],
+        patch=tuple(released["patch_size"]),
+        in_channels=released["vid_in_channels"],
+        out_channels=released["vid_out_channels"],
+        text_dim=released["txt_in_dim"],
+        mlp_ratio=released["expand_ratio"],
+        separate_layers=released.get("mm_layers", released["num_layers"]),
+        windows=tuple(released["window"][0]) if "window" in released else RELEASED_WINDOW,
     )
 
 

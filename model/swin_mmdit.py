@@ -296,7 +296,7 @@ class Block(nn.Module):
             c = feed_forward(self.text.mlp, c, text_mlp, text_sample)
         else:
             text_scale, text_shift = self.text.modulation(conditioning).chunk(2, dim=-1)
-            # The query is computed and dropped: for some hundred text tokens that costs less than an exception.
+            # The query is computed and dropped: for some hundred text tokens that costs nothing.
             _, text_k, text_v = self._heads(
                 self.text.qkv(modulated_norm(c, text_shift, text_scale, text_sample))
             )

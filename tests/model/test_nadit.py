@@ -1,0 +1,111 @@
+"""The released backbones: recorded numbers, names and shapes, packing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import checkpoints, parity
+from model.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT, NaDiTConfig
+from model.windows import Grid
+
+DATA = Path(__file__).parents[1] / "data/parity"
+
+
+def tiny(kind: str, **changes) -> NaDiTConfig:
+    config = {
+        "kind": kind, "num_layers": 3, "num_heads": 2, "head_dim": 32, "width": 64, "patch": (1, 2, 2),
+        "in_channels": 33, "out_channels": 16, "text_dim": 40, "mlp_ratio": 4,
+        "separate_layers": 1 if kind == "3b" else 3, "windows": (4, 3, 3),
+    }  # fmt: skip
+    return NaDiTConfig(**{**config, **changes})
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("case", ["dit_v1_a", "dit_v2_a"])
+def test_recorded_numbers(case):
+    path = DATA / f"{case}.safetensors"
+    header, tensors = checkpoints.read_header(path), checkpoints.read_tensors(path)
+    for result in parity.check(header, tensors, source=str(path)):
+        assert result.passed, result
+    # The time and the text must tell: a case with one of them changed is caught.
+    broken = {**tensors, "in.timestep": tensors["in.timestep"] + 1}
+    assert not all(result.passed for result in parity.check(header, broken, source=str(path)))
+
+
+@pytest.mark.parametrize("case", ["dit_v1_a", "dit_v2_a"])
+def test_buffers_equal_what_rotary_computes_with(case):
+    path = DATA / f"{case}.safetensors"
+    config = checkpoints.released_backbone_config(checkpoints.read_header(path)["config"])
+    recorded = checkpoints.read_tensors(path)["state.blocks.0.attn.rope.rope.freqs"]
+    assert torch.allclose(NaDiT(config).state_dict()["blocks.0.attn.rope.rope.freqs"], recorded, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "config"), [("keys_3b", SEEDVR_3B), ("keys_7b", SEEDVR_7B)])
+def test_full_size_has_exactly_the_released_names_and_shapes(name, config):
+    released = json.loads((DATA / f"{name}.json").read_text())
+    with torch.device("meta"):
+        model = NaDiT(config)
+    ours = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    assert ours == {key: shape for key, (shape, _) in released["keys"].items()}
+    assert sum(parameter.numel() for parameter in model.parameters()) == released["total_parameters"]
+    assert checkpoints.released_backbone_config(released["config"]) == config
+
+
+@pytest.mark.parametrize("kind", ["3b", "7b"])
+def test_packed_equals_one_by_one_with_gradients(kind):
+    model = NaDiT(tiny(kind))
+    shapes: list[Grid] = [(3, 50, 44), (1, 4, 6), (6, 8, 4)]
+    text_lengths = [5, 1, 7]
+    rows = [t * h * w for t, h, w in shapes]
+    video, text = torch.randn(sum(rows), 33), torch.randn(sum(text_lengths), 40)
+    times = torch.tensor([900.0, 20.0, 400.0])
+    packed = model(video, text, shapes, text_lengths, times)
+    packed.square().mean().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    alone = torch.cat(
+        [
+            model(v, t, [shape], [len(t)], times[i : i + 1])
+            for i, (v, t, shape) in enumerate(
+                zip(video.split(rows), text.split(text_lengths), shapes, strict=True)
+            )
+        ]
+    )
+    alone.square().mean().backward()
+    assert (packed - alone).abs().max() <= 1e-5
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            assert (gradients[name] - parameter.grad).abs().max() <= 1e-5 * gradients[
+                name
+            ].abs().max() + 1e-7, name
+
+
+def test_checkpointed_blocks_give_the_same_gradients():
+    model = NaDiT(tiny("3b"))
+    inputs = (torch.randn(96, 33), torch.randn(4, 40), [(2, 6, 8)], [4], torch.tensor([300.0]))
+    gradients = []
+    for blocks in ((), (0, 2)):
+        model.zero_grad()
+        model.checkpoint_activations(blocks)
+        model(*inputs).square().mean().backward()
+        gradients.append(model.vid_in.proj.weight.grad.clone())
+    assert torch.allclose(*gradients, rtol=1e-5, atol=1e-8) and gradients[0].any()
+
+
+def test_a_last_layer_of_its_own_has_no_text_beyond_attention():
+    """3B structure without shared layers: what the released code leaves out of the last layer."""
+    names = NaDiT(tiny("3b", separate_layers=3)).state_dict()
+    assert "blocks.1.mlp.txt.proj_in.weight" in names and "blocks.2.mlp.vid.proj_in.weight" in names
+    assert not [name for name in names if name.startswith(("blocks.2.mlp.txt", "blocks.2.ada.txt"))]
+
+
+def test_odd_latents_are_refused():
+    with pytest.raises(ValueError, match=r"\(1, 5, 4\).*pad"):
+        NaDiT(tiny("7b"))(torch.randn(20, 33), torch.randn(2, 40), [(1, 5, 4)], [2], torch.tensor([1.0]))
