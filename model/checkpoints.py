@@ -157,10 +157,57 @@ def build_backbone(config: NaDiTConfig, state: Mapping[str, Tensor], source: str
     return load_strict(backbone, state, source).eval()
 
 
+def load_backbone(
+    path: str | Path, config: NaDiTConfig | None = None, dtype: torch.dtype | None = None
+) -> NaDiT:
+    """A released backbone (.pth or .safetensors, also the community's fp16 files) on the CPU.
+
+    config: `nadit.SEEDVR_3B` or `SEEDVR_7B` for files that do not state theirs. dtype: None keeps the file's
+    own, mapped from disk and never copied.
+    """
+    header = read_header(path)
+    if "backbone" in header:
+        config = config_from_header(NaDiTConfig, header["backbone"], path)
+    if config is None:
+        raise ValueError(f"{path}: states no configuration; say which model it is (3B or 7B)")
+    state = read_tensors(path)
+    return build_backbone(config, state if dtype is None else _cast(path, state, dtype), path)
+
+
+def save_backbone(path: str | Path, backbone: NaDiT, header: Mapping[str, Any]) -> None:
+    """Write weights and configuration; `header` is anything more to keep beside them (step, source)."""
+    write_tensors(path, backbone.state_dict(), {**header, "backbone": dataclasses.asdict(backbone.config)})
+
+
+def _cast(path: str | Path, mapped: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The file's tensors in another dtype, at a peak of the result plus the largest tensor.
+
+    Reading a mapped tensor brings its pages into memory until the file is unmapped, so the file is opened
+    anew for each group of tensors, none above the largest in bytes. Empties `mapped`.
+    """
+    sizes = {name: tensor.nbytes for name, tensor in mapped.items()}
+    mapped.clear()
+    limit, used = max(sizes.values(), default=0), 0
+    groups: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    state: dict[str, Tensor] = {}
+    for group in groups:
+        tensors = read_tensors(path)
+        state |= {name: tensors[name].to(dtype, copy=True) for name in group}
+        del tensors
+    return state
+
+
 def released_backbone_config(released: Mapping[str, Any]) -> NaDiTConfig:
-    """Our configuration from the released code's (`mm_layers` is only in the 3B's)."""
+    """Our configuration from the released code's (`mm_layers` and `rope_dim` are only in the 3B's)."""
     return NaDiTConfig(
         kind="3b" if "mm_layers" in released else "7b",
+        rotary_dim=released.get("rope_dim", released["head_dim"] // 2),
         num_layers=released["num_layers"],
         num_heads=released["heads"],
         head_dim=released["head_dim"],

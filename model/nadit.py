@@ -63,6 +63,8 @@ class NaDiTConfig:
     mlp_ratio: int
     separate_layers: int
     """Layers before this one have weights of their own for text and video; later ones share ("3b" only)."""
+    rotary_dim: int
+    """Channels of a head from which t, h and w get a third each for their rotation."""
     windows: WindowSize
     """Window counts (T, H, W) relative to a 720p picture; odd layers are shifted by half."""
 
@@ -89,6 +91,7 @@ SEEDVR_3B = NaDiTConfig(
     text_dim=5120,
     mlp_ratio=4,
     separate_layers=10,
+    rotary_dim=128,
     windows=RELEASED_WINDOW,
 )
 """SeedVR-3B and SeedVR2-3B: 3,391,475,776 parameters."""
@@ -105,6 +108,7 @@ SEEDVR_7B = NaDiTConfig(
     text_dim=5120,
     mlp_ratio=4,
     separate_layers=36,
+    rotary_dim=64,
     windows=RELEASED_WINDOW,
 )
 """SeedVR-7B: 8,239,607,872 parameters."""
@@ -304,18 +308,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: NaDiTConfig, streams: Sequence[str]) -> None:
         super().__init__()
-        self.kind, self.head_dim = config.kind, config.head_dim
+        self.kind, self.head_dim, self.rotary_dim = config.kind, config.head_dim, config.rotary_dim
         inner = config.num_heads * config.head_dim
         self.proj_qkv = nn.ModuleDict({s: nn.Linear(config.width, 3 * inner, bias=False) for s in streams})
         self.proj_out = nn.ModuleDict({s: nn.Linear(inner, config.width) for s in streams})
         self.norm_q = nn.ModuleDict({s: Scale(config.head_dim) for s in streams})
         self.norm_k = nn.ModuleDict({s: Scale(config.head_dim) for s in streams})
-        frequencies = (
-            axis_frequencies(config.head_dim // 3)
-            if config.kind == "3b"
-            else normalised_frequencies(config.head_dim // 2 // 3)
-        )
-        self.rope = Rope(frequencies)
+        frequencies = axis_frequencies if config.kind == "3b" else normalised_frequencies
+        self.rope = Rope(frequencies(config.rotary_dim // 3))
 
     def forward(
         self, x: Tensor, c: Tensor, layout: WindowLayout, video: str, text: str
@@ -324,10 +324,10 @@ class Attention(nn.Module):
         video_q, video_k, video_v = self._qkv(x, video)
         text_q, text_k, text_v = self._qkv(c, text)
         if self.kind == "3b":
-            rotation, text_rotation = released_3b_rotation(layout, self.head_dim)
+            rotation, text_rotation = released_3b_rotation(layout, self.head_dim, self.rotary_dim)
             text_q, text_k = rotate(text_q, text_rotation), rotate(text_k, text_rotation)
         else:
-            rotation = released_7b_rotation(layout, self.head_dim)
+            rotation = released_7b_rotation(layout, self.head_dim, self.rotary_dim)
         video_q, video_k = rotate(video_q, rotation), rotate(video_k, rotation)
         x, attended = window_attention((video_q, video_k, video_v), (text_q, text_k, text_v), layout)
         assert attended is not None

@@ -65,15 +65,15 @@ def window_rotation(layout: WindowLayout, head_dim: int) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def released_3b_rotation(layout: WindowLayout, head_dim: int) -> tuple[Tensor, Tensor]:
+def released_3b_rotation(layout: WindowLayout, head_dim: int, rotary_dim: int) -> tuple[Tensor, Tensor]:
     """The 3B checkpoint's rotations of patch tokens (window order) and of text tokens, complex64.
 
-    Three equal axis blocks of head_dim // 3 channels. Text token i of L has position i on all three axes;
+    Three equal axis blocks of rotary_dim // 3 channels. Text token i of L has position i on all three axes;
     a patch token has (L + t, h, w): the text's length shifts its time alone.
     """
     with torch.inference_mode(False), torch.no_grad():
         device = layout.positions.device
-        frequencies = axis_frequencies(head_dim // 3).to(device)
+        frequencies = axis_frequencies(rotary_dim // 3).to(device)
         tokens = torch.tensor(layout.tokens_per_sample, device=device)
         offset = torch.tensor(layout.text_lengths, device=device).repeat_interleave(tokens)
         positions = layout.positions.float()
@@ -87,14 +87,14 @@ def released_3b_rotation(layout: WindowLayout, head_dim: int) -> tuple[Tensor, T
 
 
 @lru_cache(maxsize=32)
-def released_7b_rotation(layout: WindowLayout, head_dim: int) -> Tensor:
+def released_7b_rotation(layout: WindowLayout, head_dim: int, rotary_dim: int) -> Tensor:
     """The 7B checkpoint's rotation of patch tokens (window order), complex64; its text is not rotated.
 
     Positions run from -1 to 1 over the window's own extent (an extent of one has -1), so a border window
-    spans as much angle as a whole one. Blocks of (head_dim / 2) // 3 channels.
+    spans as much angle as a whole one. Blocks of rotary_dim // 3 channels.
     """
     with torch.inference_mode(False), torch.no_grad():
-        frequencies = normalised_frequencies((head_dim // 2) // 3).to(layout.positions.device)
+        frequencies = normalised_frequencies(rotary_dim // 3).to(layout.positions.device)
         # Frequencies reach 400: positions are read from torch.linspace itself, to the last bit.
         longest = int(layout.extents.max())
         table = torch.zeros(longest + 1, longest)

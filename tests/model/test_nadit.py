@@ -1,10 +1,13 @@
 """The released backbones: recorded numbers, names and shapes, packing."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from model import checkpoints, parity
 from model.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT, NaDiTConfig
@@ -18,6 +21,7 @@ def tiny(kind: str, **changes) -> NaDiTConfig:
         "kind": kind, "num_layers": 3, "num_heads": 2, "head_dim": 32, "width": 64, "patch": (1, 2, 2),
         "in_channels": 33, "out_channels": 16, "text_dim": 40, "mlp_ratio": 4,
         "separate_layers": 1 if kind == "3b" else 3, "windows": (4, 3, 3),
+        "rotary_dim": 32 if kind == "3b" else 16,
     }  # fmt: skip
     return NaDiTConfig(**{**config, **changes})
 
@@ -104,6 +108,59 @@ def test_a_last_layer_of_its_own_has_no_text_beyond_attention():
     names = NaDiT(tiny("3b", separate_layers=3)).state_dict()
     assert "blocks.1.mlp.txt.proj_in.weight" in names and "blocks.2.mlp.vid.proj_in.weight" in names
     assert not [name for name in names if name.startswith(("blocks.2.mlp.txt", "blocks.2.ada.txt"))]
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_loads_from_either_format_and_casts(suffix, tmp_path):
+    model, path = NaDiT(tiny("3b")), tmp_path / f"model.{suffix}"
+    half = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    save_file(half, path) if suffix == "safetensors" else torch.save(half, path)
+    kept = checkpoints.load_backbone(path, model.config)
+    assert all(torch.equal(tensor, half[name]) for name, tensor in kept.state_dict().items())
+    cast = checkpoints.load_backbone(path, model.config, torch.float32)
+    assert all(torch.equal(tensor, half[name].float()) for name, tensor in cast.state_dict().items())
+    with pytest.raises(ValueError, match="3B or 7B"):
+        checkpoints.load_backbone(path)
+    with pytest.raises(ValueError, match="unexpected"):
+        checkpoints.load_backbone(path, tiny("3b", num_layers=2))
+
+
+def test_saved_file_states_its_configuration(tmp_path):
+    model = NaDiT(tiny("7b"))
+    checkpoints.save_backbone(tmp_path / "m.safetensors", model, {"step": 5})
+    loaded = checkpoints.load_backbone(tmp_path / "m.safetensors")
+    assert loaded.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+PEAK = """
+import resource, sys, torch
+from model import checkpoints
+from model.nadit import NaDiT
+path, dtype = sys.argv[1], getattr(torch, sys.argv[2]) if sys.argv[2] else None
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = checkpoints.load_backbone(path, None, dtype)
+sum(p.sum() for p in model.parameters())  # every page has been touched
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+sizes = [p.nbytes for p in model.parameters()]
+print((after - before) * 1024, sum(sizes), max(sizes))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["", "bfloat16", "float16"])
+def test_loading_holds_no_second_copy(dtype, tmp_path):
+    """Peak of a fresh process: 1.3 times the file as it is; cast, 1.1 times the target and a source tensor."""
+    model = NaDiT(tiny("3b", width=768, num_layers=6, head_dim=128, num_heads=6, rotary_dim=128)).to(
+        torch.float32
+    )
+    checkpoints.save_backbone(tmp_path / "m.safetensors", model, {})
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "m.safetensors"), dtype]
+    peak, size, largest = map(
+        int, subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()
+    )
+    assert size > 100e6 if not dtype else size > 50e6
+    slack = 25e6  # what loading itself allocates, whatever the size of the file
+    assert peak < (1.1 * size + 2 * largest if dtype else 1.3 * size) + slack, (peak, size, largest)
 
 
 def test_odd_latents_are_refused():
