@@ -175,7 +175,7 @@ def training_sample(
         time = torch.full((1,), timestep)
         noisy = flow.interpolate(hq, flowed.target + hq, time)
         video = flow.network_input(noisy, flowed.video[:, hq.shape[1] : 2 * hq.shape[1]])
-    drops = (torch.rand(3, generator=generator) < text.P_DROP).tolist() if drop_text else [False] * 3
+    drops = text.draw_drops(generator) if drop_text else (False, False, False)
     tokens, pooled = text.join(reader.text(drawn.row["clip_id"]), reader.null, *drops)
     return {
         "video": video,

@@ -151,10 +151,10 @@ def make_pair(row: dict[str, Any], config: PairsConfig) -> dict[str, Any]:
     hq = centre_crop(frames, config.max_height, config.max_width)
     seed = schema.stable_hash(config.seed, row["clip_id"])
     recipe = config.image_recipe if kind == "image" else config.video_recipe
-    degradation = draw(recipe, seed, hq.shape[:3], fps)
+    degradation = draw(recipe, seed, (hq.shape[0], hq.shape[1], hq.shape[2]), fps)
     applied = apply(degradation, hq)
     suffix = ".png" if kind == "image" else ".mkv"
-    for name, pixels in ((HQ, hq), (LQ, applied.lq)):
+    for name, pixels in ((HQ, applied.hq), (LQ, applied.lq)):
         url = storage.join(config.output, name, row["name"] + suffix)
         write_lossless(url, pixels, fps, kind == "image")
     count, height, width, _ = hq.shape

@@ -84,14 +84,14 @@ class PrecomputeConfig:
                 raise ValueError(f"{key}: {getattr(self, key)}; it must be at least 1")
 
 
-def degrade(hq: np.ndarray, clip: dict[str, Any], config: PrecomputeConfig, seed: int) -> dict[str, Any]:
-    """LQ of an HQ crop (both uint8 (T, H, W, 3)) and, as JSON, all that made it."""
+def degrade(frames: np.ndarray, clip: dict[str, Any], config: PrecomputeConfig, seed: int) -> dict[str, Any]:
+    """HQ (the frames, sharpened where the recipe says so) and LQ, uint8 (T, H, W, 3), and all that made it."""
     recipe = config.image_recipe if clip["media"] == "image" else config.video_recipe
-    frames, height, width, _ = hq.shape
-    degradation = draw(recipe, seed, (frames, height, width), clip["fps"] or 25.0)
-    applied = apply(degradation, hq)
+    shape = (frames.shape[0], frames.shape[1], frames.shape[2])
+    degradation = draw(recipe, seed, shape, clip["fps"] or 25.0)
+    applied = apply(degradation, frames)
     record = {"operations": json.loads(to_json(degradation)), "measured": applied.measured}
-    return {"lq": applied.lq, "degradation": json.dumps(record)}
+    return {"hq": applied.hq, "lq": applied.lq, "degradation": json.dumps(record)}
 
 
 def read_crop(
@@ -124,15 +124,15 @@ def prepare_sample(planned: dict[str, Any], config: PrecomputeConfig) -> dict[st
         ):
             count = planned["num_frames"]
             window = (top, left, planned["height"], planned["width"])
-            hq = _shared_sandbox(config).call(read_crop, clip, path, first, count, window)
-        return {"hq": hq, **degrade(hq, clip, config, planned["seed"])}
+            frames = _shared_sandbox(config).call(read_crop, clip, path, first, count, window)
+        return degrade(frames, clip, config, planned["seed"])
     except (MediaError, ValueError, OSError) as error:
         return {"error": f"{type(error).__name__}: {clip['uri']}: {error}"}
 
 
 def to_network(frames: np.ndarray, device: torch.device) -> Tensor:
     """uint8 (T, H, W, 3) -> float (1, 3, T, H, W) in [-1, 1]."""
-    return torch.from_numpy(frames).to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    return torch.from_numpy(frames.copy()).to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
 @torch.no_grad()

@@ -29,6 +29,10 @@ class Shard:
     name: str
     rows: list[dict[str, Any]]
 
+    def to_json(self) -> str:
+        """What travels to the task that makes it."""
+        return json.dumps(dataclasses.asdict(self))
+
 
 def check_fingerprint(folder_url: str, fingerprint: str) -> None:
     """ValueError if the folder holds rows that were made in another way."""
@@ -132,12 +136,13 @@ class ShardReport:
 
 def make_shard(
     folder_url: str,
-    shard: Shard,
+    shard_json: str,
     table_schema: pa.Schema,
     make_rows: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
 ) -> dict[str, Any]:
     """Turn a shard's planned rows into output rows, write them, report. Runs in one task or actor."""
     start = time.monotonic()
+    shard = Shard(**json.loads(shard_json))
     rows = make_rows(shard.rows)
     size = write_shard(folder_url, shard, rows, table_schema)
     errors = sum(1 for row in rows if row.get("error"))

@@ -40,7 +40,7 @@ def check_shared(url: str, shared_filesystem: bool, key: str) -> None:
         )
 
 
-def _proportional_memory(process: psutil.Process) -> int:
+def proportional_memory(process: psutil.Process) -> int:
     """PSS of one process in bytes: shared pages are divided among those that map them."""
     try:
         with open(f"/proc/{process.pid}/smaps_rollup") as file:
@@ -71,7 +71,7 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._stop.is_set():
-            self.peak_bytes = max(self.peak_bytes, sum(map(_proportional_memory, job_processes())))
+            self.peak_bytes = max(self.peak_bytes, sum(map(proportional_memory, job_processes())))
             self._stop.wait(self._interval_s)
 
     def __enter__(self) -> "PeakMemory":
@@ -146,12 +146,12 @@ def run_shards(
 ) -> list[dict[str, Any]]:
     """Send every pending shard through one Ray Data operator; one shard is one block, one task, one file.
 
-    task: `row {"shard": Shard} -> report row` as a function, or a class (an actor that loads its models
+    task: `row {"shard": JSON of a Shard} -> report row` as a function, or a class (an actor that loads its models
     once) with such a `__call__`.
     """
     if not pending:
         return []
-    rows = [{"shard": shard} for shard in pending]
+    rows = [{"shard": shard.to_json()} for shard in pending]
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), _MAX_SHARDS_IN_ONE_CALL))
     if isinstance(task, type):
         strategy = ray.data.ActorPoolStrategy(size=concurrency or 1)

@@ -140,8 +140,8 @@ class CropReader:
         if generator.random() < self.config.degraded_share:
             seed = int(generator.integers(2**62))
             cut = np.ascontiguousarray(cut)
-            fps = clip["fps"] or 25.0
-            cut = apply(draw(self.config.degraded_recipe, seed, cut.shape[:3], fps), cut).lq
+            fps, shape = clip["fps"] or 25.0, (cut.shape[0], cut.shape[1], cut.shape[2])
+            cut = apply(draw(self.config.degraded_recipe, seed, shape, fps), cut).lq
         return cut
 
     def close(self) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from queue import Queue
 from typing import Any, Literal, TypeVar
 
-import deepspeed
 import ray.train
 import torch
 import torch.distributed as dist
@@ -73,6 +72,8 @@ def start_trainer(
     keep: int = 2,
 ) -> Any:
     """Run a training loop on `scale.num_workers` workers until it ends; returns Ray Train's result."""
+    # Ray Train would print each line a second time.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     backend = TorchConfig(backend="nccl" if scale.use_gpu else "gloo", timeout_s=3600)
     local = not storage_url.startswith("s3://")
     trainer = TorchTrainer(
@@ -100,6 +101,8 @@ def setup_worker(scale: ScaleConfig) -> torch.device:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if scale.use_gpu else "cpu")
     os.environ.setdefault("LOCAL_RANK", str(ray.train.get_context().get_local_rank()))
     torch.set_num_threads(max(1, scale.cpus_per_worker))
+    import deepspeed  # slow to import, and only workers need it
+
     device = ray.train.torch.get_device() if scale.use_gpu else torch.device("cpu")
     deepspeed.init_distributed(dist_backend="nccl" if scale.use_gpu else "gloo", verbose=False)
     return device
@@ -113,6 +116,8 @@ def make_engine(
     parameters: Iterable[nn.Parameter] | None = None,
 ) -> Any:
     """A DeepSpeed engine with AdamW. Losses are averaged over ranks and `accumulation` micro-steps."""
+    import deepspeed
+
     adam = torch.optim.AdamW(
         list(parameters if parameters is not None else model.parameters()),
         lr=0.0,  # set_learning_rate before each step

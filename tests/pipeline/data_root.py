@@ -1,0 +1,45 @@
+"""A small data root of real clips, made in a moment: what ingest and filter would have left."""
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline import media, schema, storage
+
+MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
+
+
+def make_data_root(root: Path, train: list[str], held_out: list[str], frames: int = 24) -> str:
+    """clips/ and selection/ of one clip for each bundled file (its first `frames` frames); returns the URL."""
+    clips, selection = [], []
+    for split, names in (("train", train), ("held_out", held_out)):
+        for name in names:
+            probe = media.probe(str(MEDIA / name))
+            count = 1 if probe.media == "image" else min(frames, probe.num_frames or frames)
+            clip_id = schema.stable_id(name)
+            clips.append(
+                schema.empty_row(
+                    schema.CLIPS_SCHEMA,
+                    clip_id=clip_id,
+                    uri=f"file://{MEDIA / name}",
+                    source_id=schema.stable_id("source", name),
+                    media=probe.media,
+                    start_pts=probe.start_pts,
+                    time_base=str(probe.time_base),
+                    num_frames=count,
+                    fps=float(probe.fps or 25),
+                    width=probe.width,
+                    height=probe.height,
+                    rotation=probe.rotation,
+                    caption=name.split(".")[0].replace("_", " "),
+                )
+            )
+            selection.append({"clip_id": clip_id, "keep": True, "split": split})
+    url = f"file://{root}"
+    for table, table_schema, rows in (
+        (schema.CLIPS, schema.CLIPS_SCHEMA, clips),
+        (schema.SELECTION, schema.SELECTION_SCHEMA, selection),
+    ):
+        data = pa.Table.from_pylist(rows, schema=table_schema)
+        storage.write_table(storage.join(url, table, "part-0.parquet"), [data], table_schema)
+    return url

@@ -1,0 +1,99 @@
+import json
+import os
+
+import pyarrow as pa
+import pytest
+
+from pipeline import bfloat16, schema, shards, storage
+
+TABLE = pa.schema([("row_id", pa.string()), ("data", pa.large_binary())])
+
+
+def rows(count: int, first: int = 0) -> list[dict]:
+    return [{"row_id": f"r{i:04d}"} for i in range(first, first + count)]
+
+
+def make(folder: str, pending: list[shards.Shard], fingerprint: str = "f") -> None:
+    table_schema = schema.with_fingerprint(TABLE, fingerprint)
+    for shard in pending:
+        made = lambda planned: [{**row, "data": row["row_id"].encode()} for row in planned]  # noqa: E731
+        shards.make_shard(folder, shard.to_json(), table_schema, made)
+
+
+def ids(folder: str) -> list[str]:
+    table = storage.read_folder(folder, ["row_id"])
+    return [] if table is None else table.column("row_id").to_pylist()
+
+
+def test_what_was_made_is_never_made_again_and_additions_only_add(tmp_path):
+    folder = f"file://{tmp_path}/table"
+    pending = shards.plan(folder, rows(50), "row_id", "f", rows_per_shard=8)
+    make(folder, pending[:3])
+    again = shards.plan(folder, rows(50), "row_id", "f", rows_per_shard=8)
+    assert [shard.name for shard in again] == [shard.name for shard in pending[3:]]
+    make(folder, again)
+    assert sorted(ids(folder)) == [row["row_id"] for row in rows(50)]
+    before = {url: os.stat(storage.path_of(url)).st_mtime_ns for url in storage.parquet_files(folder)}
+    more = shards.plan(folder, rows(60), "row_id", "f", rows_per_shard=8)
+    assert sorted(row["row_id"] for shard in more for row in shard.rows) == [
+        row["row_id"] for row in rows(10, 50)
+    ]
+    make(folder, more)
+    assert sorted(ids(folder)) == [row["row_id"] for row in rows(60)]
+    assert {url: os.stat(storage.path_of(url)).st_mtime_ns for url in before} == before
+
+
+def test_rows_made_in_another_way_do_not_mix(tmp_path):
+    folder = f"file://{tmp_path}/table"
+    make(folder, shards.plan(folder, rows(4), "row_id", "f", 2))
+    with pytest.raises(ValueError, match="made with other settings or models"):
+        shards.plan(folder, rows(4), "row_id", "g", 2)
+
+
+def test_a_half_written_file_is_not_seen(tmp_path):
+    folder = tmp_path / "table"
+    pending = shards.plan(f"file://{folder}", rows(10), "row_id", "f", 5)
+    (folder / f".{pending[0].name}.abc.partial").write_bytes(b"PAR1 and then the power went")
+    make(f"file://{folder}", shards.plan(f"file://{folder}", rows(10), "row_id", "f", 5))
+    assert sorted(ids(f"file://{folder}")) == [row["row_id"] for row in rows(10)]
+
+
+def test_row_groups_keep_to_their_limits(tmp_path):
+    many = [{"row_id": str(i), "data": b"x"} for i in range(150)]
+    assert [table.num_rows for table in shards.row_groups(many, TABLE)] == [64, 64, 22]
+    large = [{"row_id": str(i), "data": bytes(50 * 1024**2)} for i in range(5)]
+    assert [table.num_rows for table in shards.row_groups(large, TABLE)] == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("data/clips", "relative"),
+        ("s3://key:secret@bucket/x", "credentials"),
+        ("http://example.org/x", "neither file:// nor s3://"),
+        ("s3:///x", "names no bucket"),
+    ],
+)
+def test_urls_that_cannot_be_used_are_named_with_their_key(url, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        storage.check_url(url, "output")
+    assert str(caught.value).startswith("output:")
+    assert "secret" not in str(caught.value)
+
+
+def test_bfloat16_columns_come_back_as_they_were():
+    import torch
+
+    tensor = torch.randn(3, 4, 5).to(torch.bfloat16).float()
+    columns = bfloat16.to_columns("z", tensor)
+    assert columns["z_shape"] == [3, 4, 5] and len(columns["z"]) == 2 * 60
+    assert torch.equal(bfloat16.from_columns(columns, "z"), tensor)
+    with pytest.raises(ValueError, match="column z"):
+        bfloat16.from_columns({**columns, "z_shape": [3, 4, 6]}, "z")
+
+
+def test_hashes_are_the_same_on_every_machine():
+    assert schema.stable_hash("a", 1) == schema.stable_hash("a", 1) != schema.stable_hash("a1")
+    assert schema.stable_id("clip", 5, 77) == "%016x" % schema.stable_hash("clip", 5, 77)
+    assert 0 <= schema.stable_hash("x") < 2**63
+    assert json.loads(json.dumps(schema.fingerprint(a=1))) != schema.fingerprint(a=2)
