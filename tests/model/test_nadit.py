@@ -149,7 +149,7 @@ print((after - before) * 1024, sum(sizes), max(sizes))
 
 @pytest.mark.parametrize("dtype", ["", "bfloat16", "float16"])
 def test_loading_holds_no_second_copy(dtype, tmp_path):
-    """Peak of a fresh process: 1.3 times the file as it is; cast, 1.1 times the target and a source tensor."""
+    """Peak of a fresh process: 1.3 times the file as it is; 1.1 times the target, plus a tensor, if cast."""
     model = NaDiT(tiny("3b", width=768, num_layers=6, head_dim=128, num_heads=6, rotary_dim=128)).to(
         torch.float32
     )

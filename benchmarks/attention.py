@@ -1,0 +1,386 @@
+"""What window attention saves: one Swin-MMDiT layer at the paper's width against its alternatives.
+
+    python -m benchmarks.attention                  (about 10 minutes on 2 cores; nothing else should run)
+    python -m benchmarks.attention --only vs_full   (or vs_masked_swin, peak_share, table3)
+
+fp32 on the CPU, latents of 21 frames at 720p (6 x 90 x 160, so 21,600 tokens), 154 text tokens. Prints tables
+and writes out/bench/attention.json:
+
+vs_full             2 x (a layer of full attention) / (a regular + a shifted layer), by time; also counted
+vs_masked_swin      the same windows by padding, cyclic shift and mask / ours, mean of regular and shifted
+peak_share_forward  operations per second of the two layers / those of the best matrix product here
+peak_share_train    the same, forward and backward
+table3              seconds by window size, beside the paper's table 3; and of a layer that repeats the text
+                    for every window all the way (projections and MLP too), which is where the paper's 19x
+                    between the largest and the smallest window comes from and which ours does not do
+"""
+
+import argparse
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from model.attention import window_attention
+from model.packing import LayerWindows, PackingPlan, packing_plan
+from model.rotary import rotate, window_rotation
+from model.swin_mmdit import SD3_MEDIUM, Block, Stream, feed_forward, gated_residual, modulated_norm
+from model.windows import Grid, WindowSize, fixed_windows
+
+OUT = Path("out/bench/attention.json")
+GRID: Grid = (6, 45, 80)
+"""Patch tokens of 21 frames at 720p."""
+OTHER_GRIDS: dict[str, Grid] = {"1080p, 21 frames": (6, 68, 120), "720p, 81 frames": (21, 45, 80)}
+"""1080p is padded to 1088 rows."""
+WINDOW: WindowSize = (5, 32, 32)
+WIDTH, HEAD_DIM, TEXT = SD3_MEDIUM.width, SD3_MEDIUM.head_dim, 154
+PAPER_TABLE3 = {
+    1: {8: 455.49, 16: 138.29, 32: 58.37, 64: 23.68},
+    5: {8: 345.78, 16: 110.01, 32: 46.49, 64: 20.29},
+}
+"""Seconds per iteration by temporal window and spatial window (latent pixels), on the authors' machines."""
+
+
+# --- operations ---
+
+
+def operations(lengths: list[int], text: int, text_copies: int = 1) -> float:
+    """Multiplications and additions of one layer's matrix products, forward.
+
+    lengths: tokens per window; text_copies: how often the text goes through projections and MLP.
+    """
+    tokens = sum(lengths)
+    linear = 24 * WIDTH**2 * (tokens + text * text_copies)
+    return linear + sum(4 * WIDTH * (n + text) ** 2 for n in lengths)
+
+
+def window_lengths(grid: Grid, window: WindowSize, shifted: bool) -> list[int]:
+    """Tokens of each window."""
+    windows = fixed_windows(grid, window, shifted)
+    return [(t.stop - t.start) * (h.stop - h.start) * (w.stop - w.start) for t, h, w in windows]
+
+
+def full_over_windowed(grid: Grid, text: int) -> float:
+    """`vs_full` by operations."""
+    whole = [grid[0] * grid[1] * grid[2]]
+    pair = sum(operations(window_lengths(grid, WINDOW, shifted), text) for shifted in (False, True))
+    return 2 * operations(whole, text) / pair
+
+
+# --- layers ---
+
+
+class Layer:
+    """One block with random weights, random inputs and one kind of window."""
+
+    def __init__(self, grid: Grid, window: WindowSize, shifted: bool, text: int = TEXT) -> None:
+        torch.manual_seed(0)
+        self.grid, self.window, self.shifted, self.text_tokens = grid, window, shifted, text
+        self.block = Block(SD3_MEDIUM, context_pre_only=False)
+        for parameter in self.block.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        layer = LayerWindows(fixed_windows, window, shifted)
+        self.plan: PackingPlan = packing_plan((layer,), [grid], [text], torch.device("cpu"))
+        self.layout = self.plan.layouts[0]
+        self.rotation = window_rotation(self.layout, HEAD_DIM)
+        self.x = torch.randn(grid[0] * grid[1] * grid[2], WIDTH)
+        self.x_in_windows = self.x[self.layout.to_windows]
+        self.c, self.conditioning = torch.randn(text, WIDTH), torch.randn(1, WIDTH)
+        self.operations = operations(list(self.layout.window_lengths), text)
+
+    def ours(self) -> tuple[Tensor, Tensor]:
+        """Forward, in window order."""
+        return self._forward(self.x_in_windows, self.c)
+
+    def train(self) -> None:
+        """Forward and backward."""
+        x, c = self._forward(self.x_in_windows.requires_grad_(), self.c.requires_grad_())
+        (x.sum() + c.sum()).backward()
+
+    def _forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        return self.block(x, c, self.conditioning, self.layout, self.plan, self.rotation)
+
+    def _with_attention(
+        self, attend: Callable[..., tuple[Tensor, Tensor]], x: Tensor, c: Tensor, rotation: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The block with another attention: attend(video q, k, v, text q, k, v) -> both results."""
+        block, sample, text_stream = self.block, self.plan.sample_of_token, self.block.text
+        assert isinstance(text_stream, Stream)
+        shift, scale, gate, *mlp = block.video.modulation(self.conditioning).chunk(6, dim=-1)
+        text_shift, text_scale, text_gate, *text_mlp = text_stream.modulation(self.conditioning).chunk(
+            6, dim=-1
+        )
+        q, k, v = block._heads(block.video.qkv(modulated_norm(x, shift, scale, sample)))
+        text = block._heads(text_stream.qkv(modulated_norm(c, text_shift, text_scale, sample)))
+        attended, text_attended = attend(rotate(q, rotation), rotate(k, rotation), v, *text)
+        c = gated_residual(c, text_gate, text_stream.out(text_attended.flatten(1)), sample)
+        x = gated_residual(x, gate, block.video.out(attended.flatten(1)), sample)
+        return feed_forward(block.video.mlp, x, mlp, sample), feed_forward(
+            text_stream.mlp, c, text_mlp, sample
+        )
+
+    def masked_swin(self, masks: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Swin's way to the same windows: pad to whole windows, shift cyclically, mask. Packed order.
+
+        Projections and MLP are on real tokens only. The video's result is ours; the text's queries here
+        attend once per padded window (ours: once per true window).
+        """
+        return self._with_attention(
+            lambda *qkv: masked_window_attention(self, masks, *qkv),
+            self.x,
+            self.c,
+            self.rotation[self.layout.to_packed],
+        )
+
+    def literal(self) -> tuple[Tensor, Tensor]:
+        """A copy of the text for every window through the whole layer: projections, attention and MLP."""
+        lengths, text = list(self.layout.window_lengths), self.text_tokens
+
+        def attend(
+            q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            results, text_results, start = [], [], 0
+            for i, n in enumerate(lengths):
+                mine = slice(i * text, (i + 1) * text)
+                joint_q, joint_k, joint_v = (
+                    torch.cat([a[start : start + n], b[mine]]).transpose(0, 1)[None]
+                    for a, b in ((q, tq), (k, tk), (v, tv))
+                )
+                out = F.scaled_dot_product_attention(joint_q, joint_k, joint_v)[0].transpose(0, 1)
+                results.append(out[:n])
+                text_results.append(out[n:])
+                start += n
+            return torch.cat(results), torch.cat(text_results)
+
+        return self._with_attention(attend, self.x_in_windows, self.c.repeat(len(lengths), 1), self.rotation)
+
+
+# --- Swin by padding and masks ---
+
+
+def shifts_and_padding(layer: Layer) -> tuple[list[int], list[int]]:
+    """Per axis: cyclic shift and padded length that make our windows whole ones."""
+    shifts, padded = [], []
+    for n, w in zip(layer.grid, layer.window, strict=True):
+        assert isinstance(w, int)
+        shifts.append(w // 2 if layer.shifted and n > w // 2 else 0)
+        padded.append(-(-n // w) * w if not shifts[-1] else (-(-(n - shifts[-1]) // w) + 1) * w)
+    return shifts, padded
+
+
+def into_windows(layer: Layer, x: Tensor) -> Tensor:
+    """(tokens, heads, head_dim), packed order -> (windows, heads, tokens of a whole window, head_dim)."""
+    shifts, (t, h, w) = shifts_and_padding(layer)
+    a, b, c = layer.grid
+    x = F.pad(x.unflatten(0, layer.grid), (0, 0, 0, 0, 0, w - c, 0, h - b, 0, t - a))
+    x = x.roll([-s for s in shifts], (0, 1, 2))
+    wt, wh, ww = layer.window
+    return rearrange(x, "(t a) (h b) (w c) heads d -> (t h w) heads (a b c) d", a=wt, b=wh, c=ww)
+
+
+def out_of_windows(layer: Layer, x: Tensor) -> Tensor:
+    """The inverse, padding dropped."""
+    shifts, (t, h, _) = shifts_and_padding(layer)
+    wt, wh, ww = layer.window
+    assert isinstance(wt, int) and isinstance(wh, int) and isinstance(ww, int)
+    x = rearrange(
+        x, "(t h w) heads (a b c) d -> (t a) (h b) (w c) heads d",
+        t=t // wt, h=h // wh, a=wt, b=wh, c=ww,
+    )  # fmt: skip
+    a, b, c = layer.grid
+    return x.roll(shifts, (0, 1, 2))[:a, :b, :c].flatten(0, 2)
+
+
+def swin_masks(layer: Layer) -> list[Tensor]:
+    """Per padded window (queries, keys and text): its own true window, and the text; padding: the text."""
+    owner = torch.full((len(layer.x), 1, 1), -1.0)
+    for index, window in enumerate(fixed_windows(layer.grid, layer.window, layer.shifted)):
+        owner.view(layer.grid)[window] = index + 1
+    owners = into_windows(layer, owner).flatten(1)
+    text = torch.ones(owners.shape[1], layer.text_tokens, dtype=torch.bool)
+    return [torch.cat([(o[:, None] == o) & (o > 0), text], dim=1) for o in owners]
+
+
+def masked_window_attention(layer: Layer, masks: list[Tensor], *qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows of video queries, then the text's queries once per window, averaged."""
+    q, k, v = (into_windows(layer, x) for x in qkv[:3])
+    tq, tk, tv = (x.transpose(0, 1) for x in qkv[3:])
+    results, text_results = [], []
+    for i, mask in enumerate(masks):
+        keys, values = torch.cat([k[i], tk], dim=1)[None], torch.cat([v[i], tv], dim=1)[None]
+        results.append(F.scaled_dot_product_attention(q[i][None], keys, values, attn_mask=mask)[0])
+        real = mask.any(0).expand(layer.text_tokens, -1)
+        text_results.append(F.scaled_dot_product_attention(tq[None], keys, values, attn_mask=real)[0])
+    text_mean = torch.stack(text_results).mean(0).transpose(0, 1)
+    return out_of_windows(layer, torch.stack(results)), text_mean
+
+
+# --- measuring ---
+
+
+def measure(call: Callable[[], Any], repeats: int = 1) -> tuple[float, float]:
+    """(best seconds, peak GiB above what was there before)."""
+    process, best, peak = psutil.Process(), float("inf"), 0
+    for _ in range(repeats):
+        before, done = process.memory_info().rss, threading.Event()
+        seen = [before]
+
+        def watch(seen: list[int] = seen, done: threading.Event = done) -> None:
+            while not done.wait(0.01):
+                seen.append(process.memory_info().rss)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+        done.set()
+        thread.join()
+        peak = max(peak, max(seen) - before)
+    return best, peak / 2**30
+
+
+def product_peak() -> float:
+    """Operations per second of the fastest matrix product among this layer's shapes, fp32."""
+    best = 0.0
+    for rows, inner, columns in ((21600, WIDTH, 4 * WIDTH), (21600, 4 * WIDTH, WIDTH), (4096, 4096, 4096)):
+        a, b = torch.randn(rows, inner), torch.randn(columns, inner)
+        for _ in range(3):
+            seconds, _ = measure(lambda a=a, b=b: F.linear(a, b))  # type: ignore[misc]
+            best = max(best, 2 * rows * inner * columns / seconds)
+    return best
+
+
+def vs_full() -> dict[str, Any]:
+    """(a) A pair of our layers against two of full attention."""
+    regular, shifted = (Layer(GRID, WINDOW, s) for s in (False, True))
+    full = Layer(GRID, ("full", "full", "full"), False)
+    seconds, gib = {}, {}
+    with torch.no_grad():
+        for name, layer in (("regular", regular), ("shifted", shifted), ("full", full)):
+            seconds[name], gib[name] = measure(layer.ours, 1 if name == "full" else 2)
+    ratio = 2 * seconds["full"] / (seconds["regular"] + seconds["shifted"])
+    counted = {
+        f"{name}, {text} text tokens": full_over_windowed(grid, text)
+        for name, grid in {"720p, 21 frames": GRID, **OTHER_GRIDS}.items()
+        for text in (154, 333)
+    }
+    print(
+        f"(a) seconds {rounded(seconds)}, GiB {rounded(gib)}: {ratio:.2f} times; counted {rounded(counted)}"
+    )
+    return {"vs_full": ratio, "vs_full_seconds": seconds, "vs_full_gib": gib, "vs_full_counted": counted}
+
+
+def vs_masked_swin() -> dict[str, Any]:
+    """(b) The same windows by padding and masks."""
+    result: dict[str, Any] = {"vs_masked_swin_layers": {}}
+    ratios = []
+    for shifted in (False, True):
+        layer, name = Layer(GRID, WINDOW, shifted), "shifted" if shifted else "regular"
+        masks = swin_masks(layer)
+        with torch.no_grad():
+            check_equal(layer, masks)
+            ours, ours_gib = measure(layer.ours, 2)
+            theirs, theirs_gib = measure(lambda layer=layer, masks=masks: layer.masked_swin(masks))  # type: ignore[misc]
+        padded = len(masks) * 4 * WIDTH * (masks[0].shape[0] + TEXT) ** 2
+        linear = 24 * WIDTH**2 * (len(layer.x) + TEXT)
+        ratios.append(theirs / ours)
+        result["vs_masked_swin_layers"][name] = {
+            "seconds": ours, "masked_seconds": theirs, "gib": ours_gib, "masked_gib": theirs_gib,
+            "ratio": theirs / ours, "ratio_counted": (padded + linear) / layer.operations,
+        }  # fmt: skip
+        print(f"(b) {name}: {rounded(result['vs_masked_swin_layers'][name])}")
+    return {"vs_masked_swin": sum(ratios) / 2, **result}
+
+
+def check_equal(layer: Layer, masks: list[Tensor]) -> None:
+    """Both ways give the video the same attention: else the comparison would mean nothing."""
+    heads = 2
+    qkv = [torch.randn(len(layer.x), heads, HEAD_DIM) for _ in range(3)]
+    text = [torch.randn(layer.text_tokens, heads, HEAD_DIM) for _ in range(3)]
+    order = layer.layout.to_windows
+    ours, _ = window_attention(
+        (qkv[0][order], qkv[1][order], qkv[2][order]), (None, text[1], text[2]), layer.layout
+    )
+    theirs, _ = masked_window_attention(layer, masks, *qkv, *text)
+    assert torch.allclose(ours[layer.layout.to_packed], theirs, atol=1e-4), "the masked windows are not ours"
+
+
+def peak_share() -> dict[str, Any]:
+    """(d) How near to the best matrix product, mean of a regular and a shifted layer."""
+    layers = [Layer(GRID, WINDOW, shifted) for shifted in (False, True)]
+    counted = sum(layer.operations for layer in layers)
+    peaks = [product_peak()]
+    with torch.no_grad():
+        forward = sum(measure(layer.ours, 2)[0] for layer in layers)
+    peaks.append(product_peak())
+    train = sum(measure(layer.train)[0] for layer in layers)
+    peaks.append(product_peak())
+    result = {
+        "peak_gflops": max(peaks) / 1e9,
+        "peak_share_forward": counted / forward / max(peaks),
+        "peak_share_train": 3 * counted / train / max(peaks),  # backward is two products for each forward one
+        "pair_forward_seconds": forward,
+        "pair_train_seconds": train,
+    }
+    print(f"(d) {rounded(result)}")
+    return result
+
+
+def table3() -> dict[str, Any]:
+    """(e) Seconds by window, on one window's area (5 x 32 x 32 tokens) so that the smallest fits."""
+    grid, rows = (5, 32, 32), []
+    for frames in (1, 5):
+        for side in (8, 16, 32, 64):
+            layer = Layer(grid, (frames, side // 2, side // 2), shifted=False)
+            lengths = list(layer.layout.window_lengths)
+            with torch.no_grad():
+                ours, _ = measure(layer.ours, 2)
+                literal, _ = measure(layer.literal)
+            counted = {
+                f"literal_counted_{text}": operations(lengths, text, len(lengths)) for text in (TEXT, 333)
+            }
+            row = {"t": frames, "window": side, "windows": len(lengths), "ours_seconds": ours}
+            row |= {"literal_seconds": literal, "ours_counted": operations(lengths, TEXT), **counted}
+            rows.append(row | {"paper_seconds": PAPER_TABLE3[frames][side]})
+    for row in rows:
+        largest = next(r for r in rows if r["t"] == row["t"] and r["window"] == 64)
+        for kind in ("ours_seconds", "literal_seconds", "literal_counted_333", "paper_seconds"):
+            row[f"{kind}_over_64"] = row[kind] / largest[kind]
+        print(f"(e) {rounded(row)}")
+    return {"table3": rows}
+
+
+def rounded(values: dict[str, Any]) -> dict[str, Any]:
+    """For printing."""
+    return {
+        key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in values.items()
+    }
+
+
+def main() -> None:
+    parts = {"vs_full": vs_full, "vs_masked_swin": vs_masked_swin, "peak_share": peak_share, "table3": table3}
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", choices=parts, help="one part; the others keep their last recorded numbers")
+    only = parser.parse_args().only
+    torch.set_num_threads(os.cpu_count() or 1)
+    result = json.loads(OUT.read_text()) if OUT.exists() else {}
+    result |= {"width": WIDTH, "grid": GRID, "text_tokens": TEXT, "threads": torch.get_num_threads()}
+    for name, part in parts.items():
+        if only in (None, name):
+            result |= part() | {f"load_before_{name}": os.getloadavg()[0]}
+            OUT.parent.mkdir(parents=True, exist_ok=True)
+            OUT.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
