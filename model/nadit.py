@@ -12,6 +12,7 @@ What the released code does with one sample a call is what a packed call does he
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import torch
@@ -227,24 +228,25 @@ class Modulation(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        for layer in ("attn", "mlp"):
-            for part, mean in (("shift", 0.0), ("scale", 1.0), ("gate", 0.0)):
-                noise = torch.randn(width) * width**-0.5
-                self.register_parameter(f"{layer}_{part}", nn.Parameter(mean + noise))
+        for layer, part in product(("attn", "mlp"), ("shift", "scale", "gate")):
+            noise = torch.randn(width) * width**-0.5
+            self.register_parameter(f"{layer}_{part}", nn.Parameter(noise + (part == "scale")))
 
-    def enter(self, x: Tensor, layer: str, modulation: Tensor, sample: Tensor) -> Tensor:
-        """x * scale + shift, of "attn" or "mlp". modulation: (B, 2, 3, width); sample: (tokens,)."""
-        shift, scale, _ = modulation[:, LAYERS.index(layer)].unbind(1)
-        shift, scale = (shift + getattr(self, f"{layer}_shift"), scale + getattr(self, f"{layer}_scale"))
-        return torch.addcmul(per_token(shift, sample), x, per_token(scale, sample))
-
-    def leave(self, residual: Tensor, x: Tensor, layer: str, modulation: Tensor, sample: Tensor) -> Tensor:
-        """residual + x * gate."""
-        gate = modulation[:, LAYERS.index(layer), 2] + getattr(self, f"{layer}_gate")
-        return torch.addcmul(residual, x, per_token(gate, sample))
+    def forward(self, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 2, 3, width) -> those of attention and of the MLP, each (B, 3, width)."""
+        attention, mlp = (modulation + torch.stack(list(self.parameters())).unflatten(0, (2, 3))).unbind(1)
+        return attention, mlp
 
 
-LAYERS = ("attn", "mlp")
+def enter(x: Tensor, modulation: Tensor, sample: Tensor) -> Tensor:
+    """RMS norm without weight, times scale, plus shift. modulation: (B, 3, width); sample: (tokens,)."""
+    shift, scale, _ = modulation.unbind(1)
+    return torch.addcmul(per_token(shift, sample), rms_norm(x), per_token(scale, sample))
+
+
+def leave(residual: Tensor, x: Tensor, modulation: Tensor, sample: Tensor) -> Tensor:
+    """residual + x * gate."""
+    return torch.addcmul(residual, x, per_token(modulation[:, 2], sample))
 
 
 def per_token(vectors: Tensor, sample: Tensor) -> Tensor:
@@ -357,34 +359,19 @@ class Block(nn.Module):
         self, x: Tensor, c: Tensor, modulation: Tensor, layout: WindowLayout, plan: PackingPlan
     ) -> tuple[Tensor, Tensor]:
         """x: (patch tokens, width), window order; c: (text tokens, width); both are returned."""
-        entering = self._enter(x, self.video, "attn", modulation, plan.sample_of_token)
+        tokens, text_tokens = plan.sample_of_token, plan.sample_of_text
+        video_attention, video_mlp = self.ada[self.video](modulation)
+        entering = enter(x, video_attention, tokens)
         if self.text_ends_here:
             attended, _ = self.attn(entering, rms_norm(c), layout, self.video, self.text)
-            x = self._leave(x, attended, self.video, "attn", modulation, plan.sample_of_token)
-            return self._feed_forward(x, self.video, modulation, plan.sample_of_token), c
-        entering_text = self._enter(c, self.text, "attn", modulation, plan.sample_of_text)
-        attended, attended_text = self.attn(entering, entering_text, layout, self.video, self.text)
-        x = self._leave(x, attended, self.video, "attn", modulation, plan.sample_of_token)
-        c = self._leave(c, attended_text, self.text, "attn", modulation, plan.sample_of_text)
-        x = self._feed_forward(x, self.video, modulation, plan.sample_of_token)
-        return x, self._feed_forward(c, self.text, modulation, plan.sample_of_text)
-
-    def _enter(self, x: Tensor, stream: str, layer: str, modulation: Tensor, sample: Tensor) -> Tensor:
-        return self._ada(stream).enter(rms_norm(x), layer, modulation, sample)
-
-    def _leave(
-        self, residual: Tensor, x: Tensor, stream: str, layer: str, modulation: Tensor, sample: Tensor
-    ) -> Tensor:
-        return self._ada(stream).leave(residual, x, layer, modulation, sample)
-
-    def _feed_forward(self, x: Tensor, stream: str, modulation: Tensor, sample: Tensor) -> Tensor:
-        out = self.mlp[stream](self._enter(x, stream, "mlp", modulation, sample))
-        return self._leave(x, out, stream, "mlp", modulation, sample)
-
-    def _ada(self, stream: str) -> Modulation:
-        ada = self.ada[stream]
-        assert isinstance(ada, Modulation)
-        return ada
+        else:
+            text_attention, text_mlp = self.ada[self.text](modulation)
+            entering_text = enter(c, text_attention, text_tokens)
+            attended, attended_text = self.attn(entering, entering_text, layout, self.video, self.text)
+            c = leave(c, attended_text, text_attention, text_tokens)
+            c = leave(c, self.mlp[self.text](enter(c, text_mlp, text_tokens)), text_mlp, text_tokens)
+        x = leave(x, attended, video_attention, tokens)
+        return leave(x, self.mlp[self.video](enter(x, video_mlp, tokens)), video_mlp, tokens), c
 
 
 def rms_norm(x: Tensor) -> Tensor:
