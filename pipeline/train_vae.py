@@ -54,6 +54,8 @@ class TrainVaeConfig:
     """AdamW, clipping, warm-up, moving average"""
     scale: training.ScaleConfig = dataclasses.field(default_factory=training.ScaleConfig)
     """workers and ZeRO"""
+    measure_latent_scale: bool = True
+    """write 1 / (spread of the last steps' latents) as the weights' latent_scale instead of model's"""
     kl_weight: float = 1e-6
     """of the KL divergence, summed over a crop's latent and averaged over its pixels"""
     image_share: float = 0.2
@@ -195,10 +197,15 @@ def latent_noise(config: AutoencoderConfig, video: Tensor, generator: torch.Gene
 def reconstruction_loss(
     output: dict[str, Tensor], video: Tensor, kl_weight: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L1 + weighted KL of one batch, and both terms. The KL is a sum over latents, divided by the pixels."""
+    """L1 + weighted KL of one batch, and its terms. The KL is a sum over latents, divided by the pixels."""
     l1 = (output["video"] - video).abs().mean()
     kl = losses.kl_divergence(output["mean"], output["log_variance"]).sum() / video.numel()
-    return l1 + kl_weight * kl, {"l1": l1.detach(), "kl": kl.detach()}
+    spread = (output["mean"].square() + output["log_variance"].exp()).mean()  # about zero
+    return l1 + kl_weight * kl, {
+        "l1": l1.detach(),
+        "kl": kl.detach(),
+        "latent_variance": spread.detach(),
+    }
 
 
 class Run:
@@ -261,18 +268,18 @@ class Run:
             schema.stable_hash(self.config.seed, "posterior", self.state["step"], training.rank())
         )
         total = torch.zeros((), device=self.device)
-        terms = torch.zeros(2, device=self.device)
+        terms = torch.zeros(3, device=self.device)
         for video in by_length(crops, self.device):
             video = video.to(self.dtype)
             output = self.engine(video, latent_noise(self.config.model, video, generator))
             loss, parts = reconstruction_loss(output, video, self.config.kl_weight)
             share = len(video) / len(crops)
             total = total + share * loss
-            terms += share * torch.stack([parts["l1"], parts["kl"]])
+            terms += share * torch.stack([parts["l1"], parts["kl"], parts["latent_variance"]])
         self.engine.backward(total)
         self.engine.step()
         self.average.update(self.engine.module, self.state["step"])
-        l1, kl = (training.all_reduced(terms) / training.world_size()).tolist()
+        l1, kl, latent_variance = (training.all_reduced(terms) / training.world_size()).tolist()
         seconds = time.monotonic() - start
         self.log.step(
             self.state["step"],
@@ -281,6 +288,7 @@ class Run:
                 "loss": l1 + self.config.kl_weight * kl,
                 "l1": l1,
                 "kl": kl,
+                "latent_std": latent_variance**0.5,
                 "seconds": seconds,
                 "crops_per_second": len(crops) * training.world_size() / seconds,
                 "learning_rate": rate,
@@ -318,6 +326,13 @@ class Run:
         self.log.flush()
         training.save_checkpoint({NAME: self.engine}, {NAME: self.average}, self.state)
 
+    def latent_scale(self) -> float:
+        """The configured scale, or, where it is to be measured, one that gives latents unit spread."""
+        if not self.config.measure_latent_scale:
+            return self.config.model.latent_scale
+        last = [step["latent_std"] for step in self.state["history"][-50:]]
+        return round(len(last) / sum(last), 6)
+
     def finish(self) -> None:
         """Rank 0 writes the moving average and the history to weights/vae."""
         average = self.average.gathered(self.engine.module)
@@ -325,7 +340,8 @@ class Run:
             url = storage.join(self.config.output, training.WEIGHTS, NAME)
             plain = {name.removeprefix("vae."): tensor for name, tensor in average.items()}
             about = {"steps": self.state["step"], "held_out": self.state["held_out"]}
-            weights.save_weights(url, weights.VAE, self.config.model, plain, about=about)
+            model = dataclasses.replace(self.config.model, latent_scale=self.latent_scale())
+            weights.save_weights(url, weights.VAE, model, plain, about=about)
             history = {"steps": self.state["history"], "held_out": self.state["held_out"]}
             storage.write_json(storage.join(url, training.HISTORY), history)
 

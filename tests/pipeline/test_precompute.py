@@ -1,44 +1,30 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from model.text import TINY_ENCODERS
-from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
-from pipeline import batches, bfloat16, precompute, schema, storage, text_stage, weights
+from pipeline import batches, bfloat16, precompute, schema, storage, text_stage
 from pipeline.sampling import Bucket, Native
 from tests.pipeline.data_root import make_data_root
+from tests.pipeline.processes import kill_tree
+from tests.pipeline.tiny_models import save_vae
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY_VAE = AutoencoderConfig(
-    widths=(8, 8, 16, 16),
-    latent_channels=16,
-    norm_groups=4,
-    encoder_layers=1,
-    decoder_layers=1,
-    time_halvings=2,
-    latent_scale=0.9152,
-    latent_shift=0.0,
-)
 BUCKETS = [Bucket(1, 64, 64), Bucket(5, 64, 64), Bucket(9, 96, 96)]
 
 
 @pytest.fixture(scope="module")
 def vae_url(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    url = f"file://{tmp_path_factory.mktemp('vae')}"
-    weights.save_weights(url, weights.VAE, TINY_VAE, CausalVideoAutoencoder(TINY_VAE).state_dict())
-    return url
+    return save_vae(tmp_path_factory.mktemp("vae"))
 
 
 def data_root(folder: Path) -> str:
@@ -154,15 +140,6 @@ def test_samples_are_crops_that_fit_and_images_go_to_one_frame_buckets():
     for size in [(4, 64, 64), (5, 60, 64)]:
         with pytest.raises(ValueError, match="buckets"):
             Bucket(*size)
-
-
-def kill_tree(process: subprocess.Popen) -> None:
-    """SIGKILL to a job and everything that it started."""
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.send_signal(signal.SIGKILL)
-    psutil.wait_procs(family, timeout=20)
-    process.wait()
 
 
 @pytest.mark.slow
