@@ -15,7 +15,7 @@ import tempfile
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -24,12 +24,17 @@ from torch import Tensor
 
 from pipeline import storage
 
+if TYPE_CHECKING:
+    from model.swin_mmdit import SwinMMDiT
+    from model.vae.autoencoder import CausalVideoAutoencoder
+
 VAE, SWIN_MMDIT = "vae", "swin_mmdit"
 WEIGHTS_FILE = "weights.safetensors"
 NULL_TEXT_FILE = "null_text.safetensors"
 CONFIG_FILE = "config.json"
 
 C = TypeVar("C")
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 def save_weights(
@@ -71,7 +76,7 @@ def weights_hash(url: str) -> str:
     return describe(url)["sha256"][WEIGHTS_FILE]
 
 
-def load_vae(url: str) -> torch.nn.Module:
+def load_vae(url: str) -> "CausalVideoAutoencoder":
     """The trained autoencoder of a folder, on the CPU, in fp32, ready to run (eval, no gradients)."""
     from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
 
@@ -80,7 +85,7 @@ def load_vae(url: str) -> torch.nn.Module:
     return _filled(vae, url, description)
 
 
-def load_dit(url: str) -> tuple[torch.nn.Module, Tensor, Tensor | None]:
+def load_dit(url: str) -> tuple["SwinMMDiT", Tensor, Tensor | None]:
     """The trained transformer of a folder, on the CPU, in fp32, ready to run, and its null text.
 
     Returns (model, text (L, D), pooled (P,) or None), the text being the joined '' prompt.
@@ -135,6 +140,6 @@ def _read_tensors(url: str, name: str, description: Mapping[str, Any]) -> dict[s
         return load_file(path)
 
 
-def _filled(model: torch.nn.Module, url: str, description: Mapping[str, Any]) -> torch.nn.Module:
+def _filled(model: M, url: str, description: Mapping[str, Any]) -> M:
     model.load_state_dict(_read_tensors(url, WEIGHTS_FILE, description))
     return model.float().eval().requires_grad_(False)

@@ -1,0 +1,331 @@
+"""The restoration of one video of any length and size, frames in, frames out, in memory that does not grow.
+
+A clip passes as one stream through the autoencoder's encoder (each convolution remembers its last
+inputs), the transformer restores overlapping chunks of that one latent sequence, the blended latents pass
+through the decoder as one stream again. Sides are padded to multiples of 16 by repeating the edge, the
+frame count to 4n+1 by repeating the last frame, and both are trimmed at the end: nothing is cropped.
+"""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model import flow, preprocess
+from model.vae.autoencoder import CausalVideoAutoencoder
+from model.vae.causal_conv import StreamMemory
+from pipeline import weights
+from pipeline.latent_stream import Chunk, ChunkBlender, ChunkCutter, ChunkPlan, frame_noise
+from pipeline.schema import TEMPORAL_FACTOR
+
+STEPS_OF_WORK = ("encode", "transformer", "decode", "pixels")
+_UNKNOWN_LENGTH = 2**62
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Everything but the weights and the size that determines how a restored video looks."""
+
+    steps: int = 50
+    """Euler steps of the sampler; one step gives the smoothest picture and the highest PSNR"""
+    guidance_scale: float = 1.0
+    """of classifier-free guidance towards `prompt`; 1 is none and costs half as much"""
+    condition_noise: float = flow.INFERENCE_CONDITION_LEVEL
+    """noise on the low-quality latent, 0 to 1000, before it is shifted by the video's size; more noise frees
+    the model further from its input"""
+    seed: int = 0
+    """of all noise; the same seed gives the same video"""
+    color_fix: Literal["wavelet", "adain", "none"] = "wavelet"
+    """take colours and low frequencies (wavelet) or channel means and deviations (adain) from the input"""
+    chunk_frames: int = 21
+    """video frames that the transformer sees at once, 4n+1: the more, the steadier, and the more memory"""
+    overlap_frames: int = 8
+    """frames that neighbouring chunks share and blend over, a multiple of 4"""
+    slice_frames: int = 8
+    """frames that the autoencoder takes at once, a multiple of 4; changes memory, not the result"""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"sampling.steps: {self.steps}; it must be at least 1")
+        if not 0 <= self.condition_noise <= flow.MAX_TIME:
+            raise ValueError(f"sampling.condition_noise: {self.condition_noise} is not within 0 to 1000")
+        if self.chunk_frames < 1 or self.chunk_frames % TEMPORAL_FACTOR != 1:
+            raise ValueError(f"sampling.chunk_frames: {self.chunk_frames} is not 4n+1 (1, 5, 9, ...)")
+        for key in ("overlap_frames", "slice_frames"):
+            if getattr(self, key) % TEMPORAL_FACTOR or getattr(self, key) < 0:
+                raise ValueError(f"sampling.{key}: {getattr(self, key)} is not a multiple of 4")
+        if self.slice_frames < TEMPORAL_FACTOR:
+            raise ValueError("sampling.slice_frames: it must be at least 4")
+        if self.overlap_frames > self.chunk_frames - 1:
+            raise ValueError(
+                f"sampling.overlap_frames: {self.overlap_frames} leaves nothing new in chunks of "
+                f"{self.chunk_frames} frames; at most {self.chunk_frames - 1}"
+            )
+
+    @property
+    def chunks(self) -> ChunkPlan:
+        """In latent frames."""
+        latent_frames = (self.chunk_frames - 1) // TEMPORAL_FACTOR + 1
+        return ChunkPlan(latent_frames, self.overlap_frames // TEMPORAL_FACTOR)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Joined text embeddings: `text` (L, D) and `pooled` (P,) or None."""
+
+    text: Tensor
+    pooled: Tensor | None
+
+
+class Restorer:
+    """Restores videos and images with one pair of models.
+
+    restorer = Restorer.from_weights("file:///weights/vae", "file:///weights/dit")
+    for frames in restorer.restore(iter_of_uint8_frames, size=(720, 1280)):
+        ...                                     # uint8 (t, 720, 1280, 3), in order, as many as went in
+    """
+
+    def __init__(
+        self,
+        vae: CausalVideoAutoencoder,
+        dit: nn.Module,
+        null: Prompt,
+        sampling: Sampling,
+        prompt: Prompt | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """null: what the model was trained to see without a prompt. prompt: the positive one, if any."""
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # bf16 products are some hundred times slower than fp32 on CPUs that have no instruction for them.
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        if sampling.guidance_scale != 1 and prompt is None:
+            raise ValueError("sampling.guidance_scale: guidance needs a positive `prompt` to guide towards")
+        self.vae = vae.to(self.device, self.dtype).eval()
+        self.dit = dit.to(self.device, self.dtype).eval()
+        self.sampling = sampling
+        self.null, self.prompt = self._placed(null), self._placed(prompt or null)
+        self.seconds = dict.fromkeys(STEPS_OF_WORK, 0.0)
+        """Time spent so far in each part."""
+
+    @classmethod
+    def from_weights(
+        cls,
+        vae_url: str,
+        dit_url: str,
+        sampling: Sampling | None = None,
+        prompt: Prompt | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Restorer":
+        """From two folders that training wrote."""
+        dit, text, pooled = weights.load_dit(dit_url)
+        null = Prompt(text, pooled)
+        return cls(weights.load_vae(vae_url), dit, null, sampling or Sampling(), prompt, device)
+
+    def restore(
+        self, frames: Iterable[np.ndarray], size: tuple[int, int] | None = None
+    ) -> Iterator[np.ndarray]:
+        """Restored frames, uint8 (t, H, W, 3), of uint8 (H, W, 3) frames; as many come out as go in.
+
+        size: (height, width) of the result; as the input if None. Frames are taken as they are needed.
+        """
+        stream: RestoreStream | None = None
+        for frame in frames:
+            stream = stream or RestoreStream(self, size or (frame.shape[0], frame.shape[1]))
+            yield from stream.push(frame)
+        if stream is not None:
+            yield from stream.finish()
+
+    @torch.inference_mode()
+    def denoise(self, chunk: Chunk) -> Chunk:
+        """The restored latent of a chunk of low-quality latent, fp32 (t, H', W', 16)."""
+        shape = (chunk.latent.shape[0], chunk.latent.shape[1], chunk.latent.shape[2])
+        noise, condition_noise = (
+            frame_noise(self.sampling.seed, purpose, chunk.start, tuple(chunk.latent.shape))
+            .flatten(0, 2)
+            .to(self.device)
+            for purpose in ("initial", "condition")
+        )
+        level = flow.condition_time(self.sampling.condition_noise, shape, released_quirk=False)
+        low_quality = chunk.latent.flatten(0, 2)
+        condition = flow.interpolate(low_quality, condition_noise, torch.tensor(level, device=self.device))
+
+        def velocity_for(prompt: Prompt) -> flow.Velocity:
+            pooled = None if prompt.pooled is None else prompt.pooled[None]
+
+            def velocity(x: Tensor, moment: Tensor) -> Tensor:
+                video = flow.network_input(x, condition).to(self.dtype)
+                return self.dit(video, prompt.text, [shape], [len(prompt.text)], moment[None], pooled)
+
+            return velocity
+
+        guided = flow.guided_velocity(
+            velocity_for(self.prompt), velocity_for(self.null), self.sampling.guidance_scale
+        )
+        restored = flow.sample(guided, noise, flow.sampling_times(self.sampling.steps))
+        return Chunk(chunk.start, restored.unflatten(0, shape))
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Adds the time of its body to `seconds[part]`."""
+        start = time.monotonic()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[part] += time.monotonic() - start
+
+    def _placed(self, prompt: Prompt) -> Prompt:
+        pooled = None if prompt.pooled is None else prompt.pooled.to(self.device, self.dtype)
+        return Prompt(prompt.text.to(self.device, self.dtype), pooled)
+
+
+class RestoreStream:
+    """One video on its way through: frames are pushed in, restored frames come out some chunks later.
+
+    What it holds is bounded: at most a slice of frames not yet encoded, a chunk of latents, the tails of the
+    convolutions, and the input frames (for the colours) whose restored ones are not out yet.
+    """
+
+    def __init__(self, restorer: Restorer, size: tuple[int, int]) -> None:
+        self._restorer = restorer
+        self._size = size
+        self._frame_shape: tuple[int, ...] | None = None
+        self._encoding, self._decoding = StreamMemory(), StreamMemory()
+        self._cutter = ChunkCutter(restorer.sampling.chunks)
+        self._blender = ChunkBlender(restorer.sampling.chunks)
+        self._to_encode: list[np.ndarray] = []
+        self._inputs: deque[np.ndarray] = deque()
+
+    def push(self, frame: np.ndarray) -> Iterator[np.ndarray]:
+        """Takes one uint8 (H, W, 3) frame; gives what became ready, uint8 (t, H, W, 3) at the output size."""
+        if self._frame_shape not in (None, frame.shape):
+            raise ValueError(
+                f"the frame size changes within the video, from {_size_text(self._frame_shape)} to "
+                f"{_size_text(frame.shape)} at frame {self._encoding.frames + len(self._to_encode)}"
+            )
+        self._frame_shape = frame.shape
+        self._to_encode.append(frame)
+        self._inputs.append(frame)
+        if len(self._to_encode) == self._restorer.sampling.slice_frames + self._encoding.at_start:
+            yield from self._restore(self._cutter.push(self._encode()))
+
+    def finish(self) -> Iterator[np.ndarray]:
+        """The rest."""
+        chunks = self._cutter.push(self._encode()) if self._to_encode else []
+        yield from self._restore([*chunks, *self._cutter.finish()])
+        rest = self._blender.finish()
+        if rest is not None:
+            yield from self._decode(rest)
+        assert not self._inputs, f"{len(self._inputs)} frames were not restored"
+
+    @torch.inference_mode()
+    def _encode(self) -> Tensor:
+        """The waiting frames' latent, fp32 (t, H', W', 16); one sample of the posterior, as in training."""
+        with self._restorer.timed("pixels"):
+            video = self._to_network(self._to_encode)
+        self._to_encode = []
+        vae, sampling = self._restorer.vae, self._restorer.sampling
+        with self._restorer.timed("encode"):
+            start = self._cutter.end
+            stream = vae.encode_stream([video], sampling.slice_frames, self._encoding)
+            ((mean, log_variance),) = list(stream)
+            _, channels, frames, height, width = mean.shape
+            noise = frame_noise(sampling.seed, "posterior", start, (frames, height, width, channels))
+            noise = noise.permute(3, 0, 1, 2)[None].to(self._restorer.device)
+            latent = vae.to_latent(mean.float(), log_variance.float(), noise)
+        return latent[0].permute(1, 2, 3, 0)
+
+    def _restore(self, chunks: list[Chunk]) -> Iterator[np.ndarray]:
+        for chunk in chunks:
+            with self._restorer.timed("transformer"):
+                ready = self._blender.add(self._restorer.denoise(chunk))
+            yield from self._decode(ready)
+
+    @torch.inference_mode()
+    def _decode(self, latent: Tensor) -> Iterator[np.ndarray]:
+        """Frames of finished latents (t, H', W', 16), a slice at a time."""
+        restorer = self._restorer
+        step = restorer.sampling.slice_frames // TEMPORAL_FACTOR
+        while len(latent):
+            first = step + self._decoding.at_start
+            piece, latent = latent[:first], latent[first:]
+            with restorer.timed("decode"):
+                z = piece.permute(3, 0, 1, 2)[None].to(restorer.dtype)
+                height, width = self._padded
+                stream = restorer.vae.decode_stream(
+                    [z], _UNKNOWN_LENGTH, height, width, restorer.sampling.slice_frames, self._decoding
+                )
+                (video,) = list(stream)
+            with restorer.timed("pixels"):
+                count = min(video.shape[2], len(self._inputs))
+                inputs = [self._inputs.popleft() for _ in range(count)]
+                frames = self._to_frames(video[0, :, :count], inputs) if count else None
+            if frames is not None:
+                yield frames
+
+    @property
+    def _padded(self) -> tuple[int, int]:
+        """Height and width of what the networks see."""
+        height, width = self._size
+        return height + -height % preprocess.SIDE_MULTIPLE, width + -width % preprocess.SIDE_MULTIPLE
+
+    def _resized(self, frames: list[np.ndarray]) -> Tensor:
+        """uint8 (H, W, 3) frames -> float (t, 3, height, width) in [0, 1] at the output size."""
+        video = torch.from_numpy(np.stack(frames)).to(self._restorer.device).permute(0, 3, 1, 2)
+        return preprocess.resize(video.float() / 255, *self._size)
+
+    def _to_network(self, frames: list[np.ndarray]) -> Tensor:
+        """uint8 (H, W, 3) frames -> (1, 3, t, H, W), resized, sides padded to multiples of 16."""
+        video = preprocess.to_network(preprocess.pad_to_multiple(self._resized(frames)))
+        return video[None].to(self._restorer.dtype)
+
+    def _to_frames(self, video: Tensor, inputs: list[np.ndarray]) -> np.ndarray:
+        """Decoded (3, t, padded H, padded W) -> uint8 (t, H, W, 3), trimmed, colours corrected."""
+        height, width = self._size
+        restored = video[:, :, :height, :width].float().transpose(0, 1)
+        method = self._restorer.sampling.color_fix
+        if method != "none":
+            fix = preprocess.wavelet_colour_fix if method == "wavelet" else preprocess.adain_colour_fix
+            restored = fix(restored, self._resized(inputs) * 2 - 1)
+        pixels = ((restored.clamp(-1, 1) * 0.5 + 0.5) * 255).round().to(torch.uint8)
+        return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def reconstruct(
+    vae: CausalVideoAutoencoder, frames: Iterable[np.ndarray], slice_frames: int = 8
+) -> Iterator[np.ndarray]:
+    """What the autoencoder alone makes (its mode) of uint8 (H, W, 3) frames, as uint8 (t, H, W, 3): the
+    ceiling of every restoration with it. Memory does not grow with the length."""
+    encoding, decoding = StreamMemory(), StreamMemory()
+    parameter = next(vae.parameters())
+    waiting: list[np.ndarray] = []
+
+    @torch.inference_mode()
+    def through() -> np.ndarray:
+        video = torch.from_numpy(np.stack(waiting)).to(parameter.device).permute(3, 0, 1, 2)[None]
+        pixels = (video.float() / 127.5 - 1).to(parameter.dtype)
+        height, width = waiting[0].shape[:2]
+        ((mean, log_variance),) = list(vae.encode_stream([pixels], slice_frames, encoding))
+        latent = vae.to_latent(mean, log_variance, None)
+        stream = vae.decode_stream([latent], _UNKNOWN_LENGTH, height, width, slice_frames, decoding)
+        (decoded,) = list(stream)
+        decoded = decoded[0, :, : len(waiting)].float().clamp(-1, 1)
+        return ((decoded + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+
+    for frame in frames:
+        waiting.append(frame)
+        if len(waiting) == slice_frames + encoding.at_start:
+            yield through()
+            waiting.clear()
+    if waiting:
+        yield through()
+
+
+def _size_text(shape: tuple[int, ...] | None) -> str:
+    assert shape is not None
+    return f"{shape[1]}x{shape[0]}"

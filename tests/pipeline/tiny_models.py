@@ -1,0 +1,54 @@
+"""Models of the real structure at tiny widths with seeded random weights, as folders, for several tests."""
+
+from pathlib import Path
+
+import torch
+
+from model.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
+from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
+from pipeline import weights
+
+VAE = AutoencoderConfig(
+    widths=(8, 8, 16, 16),
+    latent_channels=16,
+    norm_groups=4,
+    encoder_layers=1,
+    decoder_layers=1,
+    time_halvings=2,
+    latent_scale=0.9152,
+    latent_shift=0.0,
+)
+DIT = SwinMMDiTConfig(
+    num_layers=2,
+    num_heads=2,
+    head_dim=16,
+    mlp_ratio=2,
+    patch=(1, 2, 2),
+    in_channels=33,
+    out_channels=16,
+    text_dim=24,
+    pooled_dim=12,
+    windows=((2, 8, 8),),
+    shifted=(False, True),
+    rotary=True,
+)
+
+
+def save_vae(folder: Path) -> str:
+    """A random autoencoder's weights folder; returns its URL."""
+    torch.manual_seed(0)
+    vae = CausalVideoAutoencoder(VAE)
+    url = f"file://{folder}"
+    weights.save_weights(url, weights.VAE, VAE, vae.state_dict())
+    return url
+
+
+def save_dit(folder: Path) -> str:
+    """A random transformer's weights folder (its zero-initialised layers made random too); returns its URL."""
+    torch.manual_seed(1)
+    dit = SwinMMDiT(DIT)
+    state = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in dit.state_dict().items()}
+    url = f"file://{folder}"
+    null = {"text": torch.randn(7, DIT.text_dim), "pooled": torch.randn(DIT.pooled_dim)}
+    weights.save_weights(url, weights.SWIN_MMDIT, DIT, state, null)
+    return url
