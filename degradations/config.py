@@ -12,6 +12,7 @@ from degradations.codecs import Encoder
 from degradations.kernels import KernelKind
 
 Range = tuple[float, float]
+TimeMode = Literal["walk", "constant", "independent"]
 
 PI = 3.1416
 """RealBasicVSR's pi."""
@@ -206,7 +207,7 @@ class RecipeConfig:
     """The end; null for none"""
     sharpen_truth: bool
     """Sharpen the truth by an unsharp mask: LQ is made from the sharpened HQ, which is the target too"""
-    time: Literal["walk", "constant", "independent"] = "walk"
+    time: TimeMode = "walk"
     """How values move from frame to frame: a random walk within bounds (RealBasicVSR), not at all, or each
     frame afresh, kinds included (STAR). Which operations happen, their order and the codec stay the clip's"""
 

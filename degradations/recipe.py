@@ -265,8 +265,8 @@ def draw(config: RecipeConfig, seed: int, shape: tuple[int, int, int], fps: floa
             operations += drawn
     if config.end is not None:
         operations += _draw_end(config.end, clock, quarter, fps)
-    back: tuple[Interpolation, ...] = ("bicubic",) * num_frames
-    operations.append(_resize_all(back, (height, width)))
+    interpolation: Interpolation = "bicubic"
+    operations.append(_resize_all((interpolation,) * num_frames, (height, width)))
     truth = UnsharpMask() if config.sharpen_truth else None
     return Degradation((num_frames, height, width), truth, tuple(operations))
 

@@ -8,7 +8,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from degradations import recipe
-from degradations.config import LIGHT, REALBASICVSR, REALESRGAN, RecipeConfig
+from degradations.config import LIGHT, REALBASICVSR, REALESRGAN, RecipeConfig, TimeMode
 from degradations.recipe import apply, draw, from_json, to_json
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def test_yaml_equals_constant(name: str):
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("time", ["walk", "constant", "independent"])
-def test_json_round_trip_and_same_bytes_again(name: str, time: str):
+def test_json_round_trip_and_same_bytes_again(name: str, time: TimeMode):
     config = dataclasses.replace(RECIPES[name], time=time)
     clip = make_clip((5, 48, 64))
     drawn = draw(config, 7, (5, 48, 64), 24.0)

@@ -1,0 +1,205 @@
+"""How fast the degradations are, against the same chain through basicsr's own functions.
+
+    python -m benchmarks.degradations --reference-python out/reference/bin/python
+
+21 frames of 720x720, one thread, the same drawn parameters on both sides (one value for all frames,
+as basicsr's batched functions take them), CPU seconds, each side in a process of its own. Both sides
+start from the uint8 clip and end with uint8 at a quarter of the size; the sharpening of the truth
+and the return to HQ's size, which basicsr's side would pay dearly for, are left out of the ratio.
+Then the RealBasicVSR chain with codecs, whole, and where its time goes. Writes
+out/bench/degradations.json.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[variable] = "1"  # before numpy is loaded
+
+import av
+import cv2
+import numpy as np
+
+from degradations.config import REALBASICVSR, REALESRGAN
+from degradations.kernels import KernelKind
+from degradations.operations import Blur, Jpeg, Resize, UnsharpMask, VideoCodec
+from degradations.recipe import Degradation, apply, draw, from_json, to_json
+
+HERE = Path(__file__).parent
+SHAPE = (21, 720, 720)
+FPS = 24.0
+KINDS: tuple[KernelKind, ...] = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "sinc")
+
+
+def load_clip(path: str, start_s: float) -> np.ndarray:
+    """(21, 720, 720, 3) uint8 of a video, centre crop; grown first if it is smaller."""
+    frames: list[np.ndarray] = []
+    with av.open(path) as container:
+        for picture in container.decode(video=0):
+            if (picture.time or 0.0) < start_s:
+                continue
+            frame = picture.to_ndarray(format="rgb24")
+            scale = max(1.0, 720 / min(frame.shape[:2]))
+            frame = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+            top, left = (frame.shape[0] - 720) // 2, (frame.shape[1] - 720) // 2
+            frames.append(frame[top : top + 720, left : left + 720])
+            if len(frames) == SHAPE[0]:
+                return np.stack(frames)
+    raise ValueError(f"{path}: only {len(frames)} frames from {start_s} s on; need {SHAPE[0]}")
+
+
+def chains(count: int) -> list[Degradation]:
+    """Real-ESRGAN degradations that end at a quarter of the size, without sharpening."""
+    config = dataclasses.replace(REALESRGAN, time="constant", sharpen_truth=False)
+    drawn = [draw(config, seed, SHAPE, FPS) for seed in range(count)]
+    return [dataclasses.replace(one, operations=one.operations[:-1]) for one in drawn]
+
+
+def single_operations() -> list[Any]:
+    """One of each deterministic operation, for one frame."""
+    blurs = [Blur((kind,), (21,), (2.5,), (1.2,), (0.6,), (1.5,), (1.2,)) for kind in KINDS]
+    resizes = [
+        Resize((interpolation,), (height,), (height,))
+        for interpolation in ("area", "bilinear", "bicubic")
+        for height in (300, 1000)
+    ]
+    return [*blurs, *resizes, Jpeg((30,)), Jpeg((60,)), Jpeg((95,)), UnsharpMask()]
+
+
+def packed(operation: Any) -> dict[str, Any]:
+    values = {item.name: getattr(operation, item.name) for item in dataclasses.fields(operation)}
+    values = {name: value[0] if isinstance(value, tuple) else value for name, value in values.items()}
+    return {"operation": type(operation).__name__, **values}
+
+
+def describe(operation: Any) -> str:
+    values = packed(operation)
+    keys = ("operation", "kind", "interpolation", "height_px", "quality")
+    return " ".join(str(values[key]) for key in keys if key in values)
+
+
+def measure_ours(clip_path: str, drawn_path: str) -> None:
+    """This project's side, in its own process: prints its report."""
+    cv2.setNumThreads(1)
+    clip = np.load(clip_path)
+    drawn = json.loads(Path(drawn_path).read_text())
+    degradations = [from_json(json.dumps(one)) for one in drawn["chains"]]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for degradation in degradations:
+        start = time.process_time()
+        apply(degradation, clip)
+        seconds.append(time.process_time() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"seconds": seconds, "peak_kb": peak, "before_kb": before}))
+
+
+def shares_of(degradations: list[Degradation], clip: np.ndarray) -> dict[str, float]:
+    """CPU seconds a clip of each operation."""
+    spent: Counter[str] = Counter()
+    for degradation in degradations:
+        frames = list(clip)
+        if degradation.truth is not None:
+            start = time.process_time()
+            frames = [degradation.truth.apply(frame) for frame in frames]
+            spent["UnsharpMask"] += time.process_time() - start
+        for operation in degradation.operations:
+            start = time.process_time()
+            name = type(operation).__name__
+            if isinstance(operation, VideoCodec):
+                frames, name = operation.apply_clip(frames).frames, f"VideoCodec {operation.encoder}"
+            else:
+                frames = [operation.apply(frame, index) for index, frame in enumerate(frames)]
+            spent[name] += time.process_time() - start
+    return {name: seconds / len(degradations) for name, seconds in spent.most_common()}
+
+
+def realesrgan(clip: np.ndarray, reference_python: str, count: int) -> dict[str, Any]:
+    """Ours against basicsr: ratio of clips a second and of peak memory, difference of each operation."""
+    drawn, single = chains(count), single_operations()
+    with tempfile.TemporaryDirectory() as folder:
+        clip_path, drawn_path, out_path = (f"{folder}/{name}" for name in ("clip.npy", "drawn.json", "out.npz"))
+        np.save(clip_path, clip)
+        record = {"chains": [json.loads(to_json(one)) for one in drawn], "single": [packed(one) for one in single]}
+        Path(drawn_path).write_text(json.dumps(record))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "benchmarks.degradations", "--worker", clip_path, drawn_path]
+        ours = json.loads(subprocess.run(command, check=True, env=environment, capture_output=True).stdout)
+        script = str(HERE / "degradations_reference.py")
+        subprocess.run([reference_python, script, clip_path, drawn_path, out_path], check=True, env=environment)
+        with np.load(out_path) as arrays:
+            theirs = json.loads(str(arrays["report"]))
+            differences = {}
+            for index, operation in enumerate(single):
+                frame = clip[0]
+                done = operation.apply(frame) if isinstance(operation, UnsharpMask) else operation.apply(frame, 0)
+                difference = np.abs(done.astype(np.float32) - arrays[f"r{index}"]).mean()
+                differences[describe(operation)] = round(float(difference), 3)
+    return {
+        "realesrgan_ratio": sum(theirs["seconds"]) / sum(ours["seconds"]),
+        "realesrgan_memory_ratio": ours["peak_kb"] / theirs["peak_kb"],
+        "realesrgan_memory_ratio_above_start": (ours["peak_kb"] - ours["before_kb"])
+        / (theirs["peak_kb"] - theirs["before_kb"]),
+        "realesrgan_clips": count,
+        "realesrgan_cpu_s_a_clip": {"ours": np.mean(ours["seconds"]), "basicsr": np.mean(theirs["seconds"])},
+        "realesrgan_cpu_s_of_each": {"ours": ours["seconds"], "basicsr": theirs["seconds"]},
+        "realesrgan_peak_mib": {"ours": ours["peak_kb"] / 1024, "basicsr": theirs["peak_kb"] / 1024},
+        "realesrgan_shares_s": {
+            "ours": shares_of(drawn, clip),
+            "basicsr": {name: seconds / count for name, seconds in theirs["shares"].items()},
+        },
+        "mean_difference_of_255": differences,
+    }
+
+
+def realbasicvsr(clip: np.ndarray, count: int) -> dict[str, Any]:
+    """The whole chain with codecs, walking, truth sharpened, back at HQ's size."""
+    drawn = [draw(REALBASICVSR, seed, SHAPE, FPS) for seed in range(count)]
+    seconds, rates = [], []
+    for degradation in drawn:
+        start = time.process_time()
+        rates += apply(degradation, clip).measured
+        seconds.append(time.process_time() - start)
+    return {
+        "realbasicvsr_clips_per_s": count / sum(seconds),
+        "realbasicvsr_cpu_s_of_each": seconds,
+        "realbasicvsr_shares_s": shares_of(drawn, clip),
+        "realbasicvsr_rates": rates,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--reference-python", default="out/reference/bin/python")
+    parser.add_argument("--clip", default="demo/media/trailer_bbb.mp4", help="any video")
+    parser.add_argument("--start-s", type=float, default=30.0)
+    parser.add_argument("--clips", type=int, default=20, help="degradations to draw, of each recipe")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        measure_ours(*arguments.worker)
+        return
+    cv2.setNumThreads(1)
+    clip = load_clip(arguments.clip, arguments.start_s)
+    result = realesrgan(clip, arguments.reference_python, arguments.clips) | realbasicvsr(clip, arguments.clips)
+    out = Path("out/bench/degradations.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1))
+    for name, value in result.items():
+        if not isinstance(value, list) and not name.endswith("of_each"):
+            print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {json.dumps(value, indent=1)}")
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
