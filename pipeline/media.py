@@ -142,7 +142,7 @@ def _open_video(path: str, threads: int, max_pixels: int) -> Iterator[tuple[Any,
 
 def _decode(container: Any, stream: Any) -> Iterator[tuple[int, VideoFrame]]:
     """(pts, frame) in display order; a damaged packet is passed over, as players do."""
-    step = _frame_step(stream)
+    step = frame_step(stream)
     last: int | None = None
     bad = 0
     for packet in container.demux(stream):
@@ -161,12 +161,12 @@ def _decode(container: Any, stream: Any) -> Iterator[tuple[int, VideoFrame]]:
             yield stamp, frame
 
 
-def _frame_step(stream: Any) -> int:
+def frame_step(stream: Any) -> int:
     """One frame's duration in ticks of the stream's time base, at least 1."""
-    return max(1, round(1 / (_stream_fps(stream) * stream.time_base)))
+    return max(1, round(1 / (stream_fps(stream) * stream.time_base)))
 
 
-def _stream_fps(stream: Any) -> Fraction:
+def stream_fps(stream: Any) -> Fraction:
     for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate):
         if rate and 0 < rate <= 1000:
             return Fraction(rate)
@@ -339,7 +339,7 @@ def _probe_stream(path: str, stamp: int, frame: VideoFrame, stream: Any) -> Prob
         start_pts=stamp,
         duration_s=duration_s,
         num_frames=stream.frames or 0,
-        fps=_stream_fps(stream),
+        fps=stream_fps(stream),
         interlaced=frame.interlaced_frame,
         color_primaries=_enum_name(ColorPrimaries, frame.color_primaries),
         color_transfer=_enum_name(ColorTrc, frame.color_trc),

@@ -1,0 +1,18 @@
+"""Cut videos and images into clips: writes <output>/clips.
+
+    ray job submit --working-dir . -- python -m jobs.ingest --config configs/demo/ingest.yaml \
+        --input file:///data/raw --output file:///data/root
+
+Running it again takes up where it was killed, and adds only the files that are new.
+"""
+
+from pipeline import ingest
+from pipeline.config import run_job
+
+
+def main() -> None:
+    run_job(ingest.IngestConfig, __doc__, ingest.run)
+
+
+if __name__ == "__main__":
+    main()
