@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.vae.bands import convolve_in_bands, norm_silu_conv
 from model.vae.blocks import DownBlock, Downsampler, MiddleBlock, UpBlock, Upsampler
-from model.vae.causal_conv import CausalConv3d, FrameGroupNorm, StreamMemory, channels_last, norm_silu
+from model.vae.causal_conv import CausalConv3d, FrameGroupNorm, StreamMemory, channels_last
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,15 @@ class Encoder(nn.Module):
 
     def forward(self, video: Tensor, memory: StreamMemory | None = None) -> Tensor:
         """(B, 3, 4n+1, 8h, 8w) -> (B, 2*16, n+1, h, w); 4n frames -> n in a stream that has begun."""
-        x = self.conv_in(channels_last(video), memory)
+        video = channels_last(video)
+        if memory is not None and memory.band_pixels is not None:
+            x = convolve_in_bands(self.conv_in, lambda a, b: video[..., a:b, :], video.shape[3:], memory)
+        else:
+            x = self.conv_in(video, memory)
         for block in self.down_blocks:
             x = block(x, memory)
         x = self.mid_block(x, memory)
-        return self.conv_out(norm_silu(self.conv_norm_out, x), memory)
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x, memory)
 
 
 class Decoder(nn.Module):
@@ -118,7 +123,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(channels_last(z), memory), memory)
         for block in self.up_blocks:
             x = block(x, memory)
-        return self.conv_out(norm_silu(self.conv_norm_out, x), memory)
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x, memory)
 
     @property
     def last_layer(self) -> Tensor:
@@ -177,16 +182,22 @@ class CausalVideoAutoencoder(nn.Module):
     # -- streams --------------------------------------------------------------------------------------
 
     def encode_stream(
-        self, frames: Iterable[Tensor], slice_frames: int, memory: StreamMemory | None = None
+        self,
+        frames: Iterable[Tensor],
+        slice_frames: int,
+        memory: StreamMemory | None = None,
+        band_pixels: int | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Moments slice by slice, equal to `encode` of the whole; memory does not grow with length.
 
         `frames` are pieces (B, 3, any t, H, W) of one video; they are cut anew into slices of
         1 + slice_frames and then slice_frames (a multiple of 4) frames, of which the last may be shorter.
         To resume, give a `memory` saved between two results and the frames from `memory.frames` on.
+        `band_pixels` bounds what a layer works on at once (no gradients; see `model.vae.bands`).
         """
         self._check_slice(slice_frames)
         memory = StreamMemory() if memory is None else memory
+        memory.band_pixels = band_pixels
         for piece in _cut(frames, slice_frames, first=memory.at_start):
             padded = self._pad(piece, first=memory.at_start)
             moments = self._moments(self.encoder(padded, memory))
@@ -201,15 +212,17 @@ class CausalVideoAutoencoder(nn.Module):
         width: int,
         slice_frames: int,
         memory: StreamMemory | None = None,
+        band_pixels: int | None = None,
     ) -> Iterator[Tensor]:
         """Video slice by slice, equal to `decode` of the whole; memory does not grow with length.
 
         `latents` are pieces (B, 16, any t, H', W') of one scaled latent. To resume, give a `memory` saved
         between two results and the latent frames from `memory.frames` on; `num_frames` is always that
-        of the whole video.
+        of the whole video. `band_pixels` bounds what a layer works on at once, as in `encode_stream`.
         """
         self._check_slice(slice_frames)
         memory = StreamMemory() if memory is None else memory
+        memory.band_pixels = band_pixels
         factor = self.config.time_factor
         for piece in _cut(latents, slice_frames // factor, first=memory.at_start):
             done = 0 if memory.at_start else (memory.frames - 1) * factor + 1

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from model.vae.bands import convolve_in_bands, norm_silu_conv
 from model.vae.causal_conv import (
     CausalConv3d,
     FrameGroupNorm,
     StreamMemory,
     channels_last,
     fold_time,
-    norm_silu,
     unfold_time,
 )
 
@@ -35,10 +35,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, memory: StreamMemory | None) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T, H, W)."""
-        h = self.conv1(norm_silu(self.norm1, x), memory)
-        h = self.conv2(norm_silu(self.norm2, h), memory)
+        h = norm_silu_conv(self.norm1, self.conv1, x, memory)
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return x + h if torch.is_grad_enabled() else h.add_(x)
+        return norm_silu_conv(self.norm2, self.conv2, h, memory, add_to=x)
 
 
 class FrameAttention(nn.Module):
@@ -54,6 +53,8 @@ class FrameAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> the same shape."""
+        if not torch.is_grad_enabled() and x.shape[2] > 1:  # one frame's tokens at a time are enough
+            return torch.cat([self.forward(frame) for frame in x.split(1, dim=2)], dim=2)
         frames = fold_time(x)
         tokens = rearrange(self.group_norm(frames), "f c h w -> f 1 (h w) c")
         attended = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
@@ -85,6 +86,11 @@ class Downsampler(nn.Module):
 
     def forward(self, x: Tensor, memory: StreamMemory | None) -> Tensor:
         """(B, C, T, H, W) -> (B, C, (T+1)/2 or T, H/2, W/2)."""
+        if memory is not None and memory.band_pixels is not None:
+            # Rows are padded by the bands, columns here.
+            return convolve_in_bands(
+                self.conv, lambda a, b: F.pad(x[..., a:b, :], (0, 1)), x.shape[3:], memory
+            )
         # Padded as frames: constant padding of a 4D channels-last tensor keeps its storage order.
         padded = F.pad(fold_time(x), (0, 1, 0, 1))
         return self.conv(unfold_time(padded, x.shape[0]), memory)
@@ -109,12 +115,23 @@ class Upsampler(nn.Module):
 
     def forward(self, x: Tensor, memory: StreamMemory | None) -> Tensor:
         """(B, C, T, H, W) -> (B, C, 2T - 1 | 2T | T, 2H, 2W)."""
+        first_slice = memory is None or memory.at_start
+        if memory is None or memory.band_pixels is None:
+            return self.conv(self._double(x, first_slice), memory)
+
+        def rows(first: int, last: int) -> Tensor:
+            doubled = self._double(x[..., first // 2 : (last + 1) // 2, :], first_slice)
+            return doubled[..., first % 2 : first % 2 + last - first, :]
+
+        return convolve_in_bands(self.conv, rows, (2 * x.shape[3], 2 * x.shape[4]), memory)
+
+    def _double(self, x: Tensor, first_slice: bool) -> Tensor:
         x = self.upscale_conv(x)
         # Channels hold (row offset, column offset, frame offset, channel), slowest first.
         x = rearrange(x, "b (y x z c) t h w -> b c (t z) (h y) (w x)", y=2, x=2, z=2 if self.temporal else 1)
-        if self.temporal and (memory is None or memory.at_start):
+        if self.temporal and first_slice:
             x = torch.cat([x[:, :, :1], x[:, :, 2:]], dim=2)
-        return self.conv(channels_last(x), memory)
+        return channels_last(x)
 
 
 class DownBlock(nn.Module):

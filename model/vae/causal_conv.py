@@ -27,6 +27,9 @@ class StreamMemory:
     tails: dict[str, Tensor] = field(default_factory=dict)
     frames: int = 0
     """Frames (encoder) or latent frames (decoder) that have passed, all slices so far."""
+    band_pixels: int | None = None
+    """Work on bands of rows of about this many pixels of each frame (None: on whole frames). Not saved:
+    the result is the same."""
 
     @property
     def at_start(self) -> bool:
@@ -72,34 +75,58 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x: Tensor, memory: StreamMemory | None = None) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T', H', W'); without `memory`, T is a whole clip."""
         if self.kernel_size[0] == 1:
-            return self._per_frame(x, self.weight[:, :, 0])
-        if memory is None and x.shape[2] == 1:
-            # One frame is convolved with two copies of itself: the three taps can be added up first.
-            return self._per_frame(x, self.weight.sum(dim=2))
-        if memory is None or memory.at_start:
-            before = x[:, :, :1].expand(-1, -1, self.kernel_size[0] - 1, -1, -1)
-        else:
-            before = memory.tails[self.name]
-        x = torch.cat([before, x], dim=2)
-        if memory is not None:
-            # A clone: a view would keep the whole slice alive.
-            memory.tails[self.name] = x[:, :, -(self.kernel_size[0] - self.stride[0]) :].clone()
-        if x.device.type == "cpu" and min(self.in_channels, self.out_channels) < FEW_CHANNELS:
-            return self._taps_as_channels(x)
-        return F.conv3d(x, self.weight, self.bias, self.stride, self.padding)
+            return self.convolve(x)
+        if memory is None:
+            one_frame = x.shape[2] == 1
+            return (
+                self.convolve_one_frame(x)
+                if one_frame
+                else self.convolve(torch.cat([self.before(x), x], dim=2))
+            )
+        x = torch.cat([self.before(x) if memory.at_start else memory.tails[self.name], x], dim=2)
+        # A clone: a view would keep the whole slice alive.
+        memory.tails[self.name] = x[:, :, -self.tail_frames :].clone()
+        return self.convolve(x)
 
-    def _per_frame(self, x: Tensor, kernel: Tensor) -> Tensor:
+    @property
+    def zeros(self) -> tuple[int, int]:
+        """Rows and columns of zeros on each side."""
+        return int(self.padding[1]), int(self.padding[2])
+
+    @property
+    def tail_frames(self) -> int:
+        """How many input frames the next slice needs again."""
+        return self.kernel_size[0] - self.stride[0]
+
+    def before(self, x: Tensor) -> Tensor:
+        """What stands before a clip's first frame: copies of it."""
+        return x[:, :, :1].expand(-1, -1, self.kernel_size[0] - 1, -1, -1)
+
+    def convolve(self, x: Tensor, padded_rows: int | None = None) -> Tensor:
+        """The convolution without padding in time: `x` begins with the frames from before.
+
+        `padded_rows` replaces the module's own number of zero rows above and below.
+        """
+        padding = self.zeros if padded_rows is None else (padded_rows, self.zeros[1])
+        taps, stride = self.kernel_size[0], self.stride[0]
+        if taps == 1:
+            return self._per_frame(x, self.weight[:, :, 0], padding)
+        if x.device.type == "cpu" and min(self.in_channels, self.out_channels) < FEW_CHANNELS:
+            end = x.shape[2] - taps + 1
+            stacked = torch.cat([x[:, :, tap : end + tap : stride] for tap in range(taps)], dim=1)
+            kernel = rearrange(self.weight, "o i t h w -> o (t i) h w")
+            return self._per_frame(channels_last(stacked), kernel, padding)
+        return F.conv3d(x, self.weight, self.bias, self.stride, (0, *padding))
+
+    def convolve_one_frame(self, x: Tensor) -> Tensor:
+        """A clip of one frame: convolved with copies of itself, so the taps can be added up first."""
+        return self._per_frame(x, self.weight.sum(dim=2), self.zeros)
+
+    def _per_frame(self, x: Tensor, kernel: Tensor, padding: tuple[int, int]) -> Tensor:
         """2D convolution of each frame by itself."""
         kernel = kernel.contiguous(memory_format=torch.channels_last)
-        y = F.conv2d(fold_time(x), kernel, self.bias, self.stride[1:], self.padding[1:])
+        y = F.conv2d(fold_time(x), kernel, self.bias, self.stride[1:], padding)
         return unfold_time(y, x.shape[0])
-
-    def _taps_as_channels(self, x: Tensor) -> Tensor:
-        """The same convolution as a 2D one over frames stacked along channels; `x` has its frames before."""
-        taps, stride = self.kernel_size[0], self.stride[0]
-        last = x.shape[2] - taps
-        stacked = torch.cat([x[:, :, tap : last + tap + 1 : stride] for tap in range(taps)], dim=1)
-        return self._per_frame(channels_last(stacked), rearrange(self.weight, "o i t h w -> o (t i) h w"))
 
 
 class FrameGroupNorm(nn.GroupNorm):
@@ -111,8 +138,3 @@ class FrameGroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> the same shape."""
         return unfold_time(super().forward(fold_time(x)), x.shape[0])
-
-
-def norm_silu(norm: FrameGroupNorm, x: Tensor) -> Tensor:
-    """silu(norm(x)); without gradients the activation overwrites the norm's own output."""
-    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
