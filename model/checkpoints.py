@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from model.losses import PerceptualLoss
 from model.nadit import NaDiT, NaDiTConfig
 from model.vae import FULL_CONFIG, AutoencoderConfig, CausalVideoAutoencoder
 from model.windows import RELEASED_WINDOW
@@ -220,6 +221,19 @@ def released_backbone_config(released: Mapping[str, Any]) -> NaDiTConfig:
         separate_layers=released.get("mm_layers", released["num_layers"]),
         windows=tuple(released["window"][0]) if "window" in released else RELEASED_WINDOW,
     )
+
+
+def load_perceptual(perceptual: str) -> PerceptualLoss | None:
+    """What a config's `perceptual` names: a TorchScript file of LPIPS, or nothing for the word "none".
+
+    There is no default: training without a perceptual loss is other training, and has to say so. The file
+    is made once by `torch.jit.trace(lpips.LPIPS(net="vgg"), (image, image)).save(path)`.
+    """
+    if perceptual == "none":
+        return None
+    if not Path(perceptual).is_file():
+        raise ValueError(f'perceptual: {perceptual} is no file; give an LPIPS TorchScript file, or "none"')
+    return PerceptualLoss(torch.jit.load(perceptual, map_location="cpu"))
 
 
 Config = TypeVar("Config")
