@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from model.losses import PerceptualLoss
 from model.nadit import NaDiT, NaDiTConfig
 from model.vae import FULL_CONFIG, AutoencoderConfig, CausalVideoAutoencoder
+from model.vae.inflation import inflate
 from model.windows import RELEASED_WINDOW
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -124,6 +125,11 @@ def load_autoencoder(
     if "autoencoder" in header:
         config = config_from_header(AutoencoderConfig, header["autoencoder"], path)
     return build_autoencoder(config, read_tensors(path, device), path).to(dtype)
+
+
+def load_inflated_autoencoder(path: str | Path, config: AutoencoderConfig) -> CausalVideoAutoencoder:
+    """An autoencoder to start training from: an image autoencoder's weights (diffusers names), inflated."""
+    return build_autoencoder(config, inflate(read_tensors(path), config), path).to(torch.float32)
 
 
 def save_autoencoder(
