@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from model.vae.causal_conv import CausalConv3d, FrameGroupNorm, StreamMemory
+from model.vae.causal_conv import CausalConv3d, FrameGroupNorm, StreamMemory, concatenate
 
 Rows = Callable[[int, int], Tensor]
 """Gives rows [first, last) of a convolution's input, all its frames: (B, C, T, last - first, W)."""
@@ -89,7 +89,7 @@ class _TailInBands:
             return band
         last = first + band.shape[3]
         old = self.conv.before(band) if self.memory.at_start else self._old()[..., first:last, :]
-        extended = torch.cat([old, band], dim=2)
+        extended = concatenate([old, band], dim=2)
         if self.tail is None:
             shape = (*band.shape[:2], self.conv.tail_frames, self.height, band.shape[4])
             self.tail = torch.empty(

@@ -16,6 +16,7 @@ from model.vae.causal_conv import (
     FrameGroupNorm,
     StreamMemory,
     channels_last,
+    concatenate,
     fold_time,
     unfold_time,
 )
@@ -54,7 +55,7 @@ class FrameAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> the same shape."""
         if not torch.is_grad_enabled() and x.shape[2] > 1:  # one frame's tokens at a time are enough
-            return torch.cat([self.forward(frame) for frame in x.split(1, dim=2)], dim=2)
+            return concatenate([self.forward(frame) for frame in x.split(1, dim=2)], dim=2)
         frames = fold_time(x)
         tokens = rearrange(self.group_norm(frames), "f c h w -> f 1 (h w) c")
         attended = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
@@ -127,11 +128,12 @@ class Upsampler(nn.Module):
 
     def _double(self, x: Tensor, first_slice: bool) -> Tensor:
         x = self.upscale_conv(x)
-        # Channels hold (row offset, column offset, frame offset, channel), slowest first.
-        x = rearrange(x, "b (y x z c) t h w -> b c (t z) (h y) (w x)", y=2, x=2, z=2 if self.temporal else 1)
+        # Channels hold (row offset, column offset, frame offset, channel), slowest first. Written channels
+        # last at once: going through another order would be a second copy of the largest tensor there is.
+        x = rearrange(x, "b (y x z c) t h w -> b (t z) (h y) (w x) c", y=2, x=2, z=2 if self.temporal else 1)
         if self.temporal and first_slice:
-            x = torch.cat([x[:, :, :1], x[:, :, 2:]], dim=2)
-        return channels_last(x)
+            x = torch.cat([x[:, :1], x[:, 2:]], dim=1)
+        return channels_last(rearrange(x, "b t h w c -> b c t h w"))
 
 
 class DownBlock(nn.Module):

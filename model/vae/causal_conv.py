@@ -4,7 +4,7 @@ Layout: every activation is (B, C, T, H, W) stored channels last, so that foldin
 (norms and attention are per frame) is a view and not a copy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# On AVX2 CPUs oneDNN has no fast 3D kernel below this many channels (4 against 60 GFLOP/s a core at 16).
+# With gradients, torch takes its slow 3D convolution on CPUs below this many channels: 4 GFLOP/s a core at
+# 16, where the 2D convolution over stacked frames has 30 (AVX2, batch 1).
 FEW_CHANNELS = 32
 
 
@@ -52,6 +53,13 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
+def concatenate(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """torch.cat of (B, C, T, H, W) tensors whose result is channels last whatever the strides of the parts
+    (torch.cat itself falls back to channels first where a part is a slice or expanded)."""
+    stored_last = [part.movedim(1, -1) for part in parts]
+    return torch.cat(stored_last, dim={1: 4, 2: 1}[dim]).movedim(-1, 1)
+
+
 def fold_time(x: Tensor) -> Tensor:
     """(B, C, T, H, W) -> (B T, C, H, W), a view for channels-last storage."""
     return rearrange(x, "b c t h w -> (b t) c h w")
@@ -81,9 +89,9 @@ class CausalConv3d(nn.Conv3d):
             return (
                 self.convolve_one_frame(x)
                 if one_frame
-                else self.convolve(torch.cat([self.before(x), x], dim=2))
+                else self.convolve(concatenate([self.before(x), x], dim=2))
             )
-        x = torch.cat([self.before(x) if memory.at_start else memory.tails[self.name], x], dim=2)
+        x = concatenate([self.before(x) if memory.at_start else memory.tails[self.name], x], dim=2)
         # A clone: a view would keep the whole slice alive.
         memory.tails[self.name] = x[:, :, -self.tail_frames :].clone()
         return self.convolve(x)
@@ -111,11 +119,22 @@ class CausalConv3d(nn.Conv3d):
         taps, stride = self.kernel_size[0], self.stride[0]
         if taps == 1:
             return self._per_frame(x, self.weight[:, :, 0], padding)
-        if x.device.type == "cpu" and min(self.in_channels, self.out_channels) < FEW_CHANNELS:
+        on_cpu = x.device.type == "cpu"
+        if (
+            on_cpu
+            and x.dtype == torch.float32
+            and torch.backends.mkldnn.is_available()
+            and not torch.is_grad_enabled()
+        ):
+            # F.conv3d asks oneDNN only sometimes; its other way unfolds 27 copies of the input.
+            return torch.mkldnn_convolution(
+                x, self.weight, self.bias, (0, *padding), self.stride, self.dilation, self.groups
+            )
+        if on_cpu and min(self.in_channels, self.out_channels) < FEW_CHANNELS:
             end = x.shape[2] - taps + 1
-            stacked = torch.cat([x[:, :, tap : end + tap : stride] for tap in range(taps)], dim=1)
+            stacked = concatenate([x[:, :, tap : end + tap : stride] for tap in range(taps)], dim=1)
             kernel = rearrange(self.weight, "o i t h w -> o (t i) h w")
-            return self._per_frame(channels_last(stacked), kernel, padding)
+            return self._per_frame(stacked, kernel, padding)
         return F.conv3d(x, self.weight, self.bias, self.stride, (0, *padding))
 
     def convolve_one_frame(self, x: Tensor) -> Tensor:
