@@ -43,8 +43,8 @@ _MAX_SIDE_PX = 16384
 class RestoreConfig:
     """What `jobs.restore` reads."""
 
-    input: list[str]
-    """absolute URLs of files or folders (every video and image below), file:// or s3://"""
+    input: str | list[str]
+    """absolute URL of a file or a folder (every video and image below), or a list of them"""
     output: str
     """absolute URL of the folder for the results, which keep their path relative to their input folder"""
     vae: str
@@ -79,10 +79,8 @@ class RestoreConfig:
     """set to true if file:// URLs here are on a folder that every node mounts"""
 
     def __post_init__(self) -> None:
-        if not self.input:
+        if not self.inputs:
             raise ValueError("input: empty; give at least one file or folder")
-        for url in self.input:
-            storage.check_url(url, "input")
         for key in ("output", "vae", "dit"):
             storage.check_url(getattr(self, key), key)
         if self.prompt is not None:
@@ -93,6 +91,12 @@ class RestoreConfig:
             raise ValueError("scale, short_side, size: give at most one of them")
         if self.actors < 1:
             raise ValueError(f"actors: {self.actors}; it must be at least 1")
+
+    @property
+    def inputs(self) -> list[str]:
+        """The input URLs, checked."""
+        given = [self.input] if isinstance(self.input, str) else self.input
+        return [storage.check_url(url, "input") for url in given]
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the result for an input of this size. ValueError if it makes no sense."""
@@ -114,8 +118,7 @@ def list_inputs(config: RestoreConfig) -> list[dict[str, Any]]:
     Two inputs whose results would share a name keep their own ending in it (`a.mov.mp4`).
     """
     rows: dict[str, dict[str, Any]] = {}
-    for given in config.input:
-        root = storage.check_url(given, "input")
+    for root in config.inputs:
         files = storage.list_files(root)
         if not files:
             raise ValueError(f"input: {root} is no file and no folder with files in it")
