@@ -23,9 +23,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[variable] = "1"  # before numpy is loaded
-
 import av
 import cv2
 import numpy as np
@@ -38,7 +35,14 @@ from degradations.recipe import Degradation, apply, draw, from_json, to_json
 HERE = Path(__file__).parent
 SHAPE = (21, 720, 720)
 FPS = 24.0
-KINDS: tuple[KernelKind, ...] = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "sinc")
+KINDS: tuple[KernelKind, ...] = (
+    "iso",
+    "aniso",
+    "generalized_iso",
+    "generalized_aniso",
+    "plateau_iso",
+    "sinc",
+)
 
 
 def load_clip(path: str, start_s: float) -> np.ndarray:
@@ -128,21 +132,32 @@ def realesrgan(clip: np.ndarray, reference_python: str, count: int) -> dict[str,
     """Ours against basicsr: ratio of clips a second and of peak memory, difference of each operation."""
     drawn, single = chains(count), single_operations()
     with tempfile.TemporaryDirectory() as folder:
-        clip_path, drawn_path, out_path = (f"{folder}/{name}" for name in ("clip.npy", "drawn.json", "out.npz"))
+        clip_path, drawn_path, out_path = (
+            f"{folder}/{name}" for name in ("clip.npy", "drawn.json", "out.npz")
+        )
         np.save(clip_path, clip)
-        record = {"chains": [json.loads(to_json(one)) for one in drawn], "single": [packed(one) for one in single]}
+        record = {
+            "chains": [json.loads(to_json(one)) for one in drawn],
+            "single": [packed(one) for one in single],
+        }
         Path(drawn_path).write_text(json.dumps(record))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "benchmarks.degradations", "--worker", clip_path, drawn_path]
         ours = json.loads(subprocess.run(command, check=True, env=environment, capture_output=True).stdout)
         script = str(HERE / "degradations_reference.py")
-        subprocess.run([reference_python, script, clip_path, drawn_path, out_path], check=True, env=environment)
+        subprocess.run(
+            [reference_python, script, clip_path, drawn_path, out_path], check=True, env=environment
+        )
         with np.load(out_path) as arrays:
             theirs = json.loads(str(arrays["report"]))
             differences = {}
             for index, operation in enumerate(single):
                 frame = clip[0]
-                done = operation.apply(frame) if isinstance(operation, UnsharpMask) else operation.apply(frame, 0)
+                done = (
+                    operation.apply(frame)
+                    if isinstance(operation, UnsharpMask)
+                    else operation.apply(frame, 0)
+                )
                 difference = np.abs(done.astype(np.float32) - arrays[f"r{index}"]).mean()
                 differences[describe(operation)] = round(float(difference), 3)
     return {
@@ -191,13 +206,19 @@ def main() -> None:
         return
     cv2.setNumThreads(1)
     clip = load_clip(arguments.clip, arguments.start_s)
-    result = realesrgan(clip, arguments.reference_python, arguments.clips) | realbasicvsr(clip, arguments.clips)
+    result = realesrgan(clip, arguments.reference_python, arguments.clips) | realbasicvsr(
+        clip, arguments.clips
+    )
     out = Path("out/bench/degradations.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))
     for name, value in result.items():
         if not isinstance(value, list) and not name.endswith("of_each"):
-            print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {json.dumps(value, indent=1)}")
+            print(
+                f"{name}: {value:.3g}"
+                if isinstance(value, float)
+                else f"{name}: {json.dumps(value, indent=1)}"
+            )
     print(f"wrote {out}")
 
 

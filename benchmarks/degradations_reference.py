@@ -47,10 +47,13 @@ def step(packed: dict, clip: torch.Tensor, jpeg: DiffJPEG) -> torch.Tensor:
     if name == "Resize":
         size = (packed["height_px"], packed["width_px"])
         return F.interpolate(clip, size=size, mode=packed["interpolation"])
+    per_frame = clip.new_ones(clip.size(0))  # a scalar fails for grey noise on more than one frame
     if name == "GaussianNoise":
-        return basicsr.add_gaussian_noise_pt(clip, packed["sigma"], clip=True, gray_noise=float(packed["grey"]))
-    if name == "PoissonNoise":
-        return basicsr.add_poisson_noise_pt(clip, packed["scale"], clip=True, gray_noise=float(packed["grey"]))
+        strength, add = packed["sigma"], basicsr.add_gaussian_noise_pt
+    elif name == "PoissonNoise":
+        strength, add = packed["scale"], basicsr.add_poisson_noise_pt
+    if name.endswith("Noise"):
+        return add(clip, strength * per_frame, clip=True, gray_noise=float(packed["grey"]) * per_frame)
     assert name == "Jpeg", name
     quality = clip.new_full((clip.size(0),), packed["quality"])
     return jpeg(torch.clamp(clip, 0, 1), quality=quality)
@@ -81,10 +84,8 @@ def main(clip_path: str, drawn_path: str, out_path: str) -> None:
         single = torch.from_numpy(pixels[:1]).permute(0, 3, 1, 2).contiguous().float() / 255
         results = {}
         for index, packed in enumerate(drawn["single"]):
-            if packed["operation"] == "UnsharpMask":
-                done = USMSharp()(single)
-            else:
-                done = step(packed, single, jpeg)
+            sharpen = packed["operation"] == "UnsharpMask"
+            done = USMSharp()(single) if sharpen else step(packed, single, jpeg)
             results[f"r{index}"] = done[0].clamp(0, 1).permute(1, 2, 0).numpy() * 255
     report = {"seconds": seconds, "shares": shares, "peak_kb": peak, "before_kb": before}
     np.savez(out_path, report=json.dumps(report), **results)
