@@ -1,0 +1,15 @@
+"""Score every clip, then decide which are kept.
+
+ray job submit --working-dir . -- python -m jobs.filter --config configs/demo/filter.yaml --data file:///data/run
+"""
+
+from pipeline import filter as filter_stage
+from pipeline.config import run_job
+
+
+def main() -> None:
+    run_job(filter_stage.FilterConfig, __doc__, filter_stage.run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Tables of metrics: means with standard errors, as Markdown and HTML, the best and second of each marked."""
+
+import html
+import math
+from typing import Any
+
+TITLES = {
+    "psnr_rgb": "PSNR RGB ↑",
+    "psnr_y": "PSNR Y ↑",
+    "ssim_rgb": "SSIM RGB ↑",
+    "ssim_y": "SSIM Y ↑",
+    "niqe": "NIQE ↓",
+}
+DECIMALS = {"psnr_rgb": 2, "psnr_y": 2, "ssim_rgb": 4, "ssim_y": 4, "niqe": 2}
+LOWER_IS_BETTER = frozenset({"niqe"})
+
+
+def means(rows: list[dict[str, Any]], metrics: tuple[str, ...]) -> list[dict[str, Any]]:
+    """One row per method, in the order of first appearance: clips measured, errors, and of each metric
+    {mean, standard_error, clips} over the clips that have it (mean null where none has)."""
+    result = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        good = [row for row in own if not row["error"]]
+        entry: dict[str, Any] = {"method": method, "clips": len(good), "errors": len(own) - len(good)}
+        for metric in metrics:
+            entry[metric] = _mean([row[metric] for row in good if row[metric] is not None])
+        result.append(entry)
+    return result
+
+
+def _mean(values: list[float]) -> dict[str, Any]:
+    count = len(values)
+    if not count:
+        return {"mean": None, "standard_error": None, "clips": 0}
+    mean = sum(values) / count
+    error = None
+    if count > 1:
+        error = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
+    return {"mean": mean, "standard_error": error, "clips": count}
+
+
+def ranks(table: list[dict[str, Any]], metric: str, ceiling: str) -> dict[str, int]:
+    """Place 1, 2, ... of each method that has the metric; the ceiling is no competitor."""
+    having = [row for row in table if row[metric]["mean"] is not None and row["method"] != ceiling]
+    better = 1 if metric in LOWER_IS_BETTER else -1
+    ordered = sorted(having, key=lambda row: better * row[metric]["mean"])
+    return {row["method"]: place for place, row in enumerate(ordered, start=1)}
+
+
+def value_text(value: float | None, metric: str) -> str:
+    return "–" if value is None else f"{value:.{DECIMALS.get(metric, 3)}f}"
+
+
+def mean_text(entry: dict[str, Any], metric: str) -> str:
+    """ "25.31 ± 0.42"."""
+    error = entry["standard_error"]
+    text = value_text(entry["mean"], metric)
+    return text if error is None else f"{text} ± {value_text(error, metric)}"
+
+
+def markdown_means(table: list[dict[str, Any]], metrics: tuple[str, ...], ceiling: str) -> str:
+    """The means: best bold, second underlined where there are three or more."""
+    places = {metric: ranks(table, metric, ceiling) for metric in metrics}
+    lines = [
+        "| method | clips | " + " | ".join(TITLES.get(metric, metric) for metric in metrics) + " |",
+        "|---|---:|" + "---:|" * len(metrics),
+    ]
+    for row in table:
+        cells = [
+            _marked(
+                mean_text(row[metric], metric), places[metric], row["method"], ("**", "**"), ("<u>", "</u>")
+            )
+            for metric in metrics
+        ]
+        lines.append(f"| {row['method']} | {row['clips']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _marked(
+    text: str, places: dict[str, int], method: str, best: tuple[str, str], second: tuple[str, str]
+) -> str:
+    place = places.get(method)
+    if len(places) < 2 or place not in (1, 2) or (place == 2 and len(places) < 3):
+        return text
+    opening, closing = best if place == 1 else second
+    return f"{opening}{text}{closing}"
+
+
+def markdown(result: dict[str, Any], metrics: tuple[str, ...], ceiling: str) -> str:
+    """The whole result: means, how they were measured, every clip, every error."""
+    lines = ["# Evaluation", "", markdown_means(result["means"], metrics, ceiling), ""]
+    lines += ["Mean over clips ± standard error. Best bold, second underlined; the autoencoder's own", ""]
+    lines[-2] += " reconstruction is a ceiling and takes no part."
+    lines += ["## How it was measured", ""]
+    lines += [f"- {key}: {value}" for key, value in result["protocol"].items()]
+    lines += ["", "## Clips", ""]
+    lines.append("| method | clip | frames | " + " | ".join(TITLES.get(m, m) for m in metrics) + " | |")
+    lines.append("|---|---|---:|" + "---:|" * len(metrics) + "---|")
+    for row in result["clips"]:
+        cells = " | ".join(value_text(row[metric], metric) for metric in metrics)
+        remark = row["error"] or row["note"] or ""
+        lines.append(f"| {row['method']} | {row['clip']} | {row['frames']} | {cells} | {remark} |")
+    return "\n".join(lines) + "\n"
+
+
+def html_page(result: dict[str, Any], metrics: tuple[str, ...], ceiling: str) -> str:
+    """The same as one static page without scripts."""
+    table = result["means"]
+    places = {metric: ranks(table, metric, ceiling) for metric in metrics}
+    head = "".join(f"<th>{html.escape(TITLES.get(metric, metric))}</th>" for metric in metrics)
+    rows = []
+    for row in table:
+        cells = "".join(
+            "<td>"
+            + _marked(
+                mean_text(row[metric], metric),
+                places[metric],
+                row["method"],
+                ("<b>", "</b>"),
+                ("<u>", "</u>"),
+            )
+            + "</td>"
+            for metric in metrics
+        )
+        rows.append(f"<tr><td>{html.escape(row['method'])}</td><td>{row['clips']}</td>{cells}</tr>")
+    clips = []
+    for row in result["clips"]:
+        cells = "".join(f"<td>{value_text(row[metric], metric)}</td>" for metric in metrics)
+        remark = html.escape(row["error"] or row["note"] or "")
+        name = f"<td>{html.escape(row['method'])}</td><td>{html.escape(row['clip'])}</td>"
+        clips.append(f"<tr>{name}<td>{row['frames']}</td>{cells}<td>{remark}</td></tr>")
+    how = "".join(
+        f"<li>{html.escape(key)}: {html.escape(str(value))}</li>" for key, value in result["protocol"].items()
+    )
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>'
+        "body{font:15px sans-serif;margin:2em;max-width:70em}table{border-collapse:collapse;margin:1em 0}"
+        "td,th{padding:.3em .7em;border-bottom:1px solid #ccc;text-align:right}"
+        "td:first-child,th:first-child{text-align:left}</style><h1>Evaluation</h1>"
+        f"<table><tr><th>method</th><th>clips</th>{head}</tr>{''.join(rows)}</table>"
+        "<p>Mean over clips ± standard error; best bold, second underlined.</p>"
+        f"<h2>How it was measured</h2><ul>{how}</ul><h2>Clips</h2>"
+        f"<table><tr><th>method</th><th>clip</th><th>frames</th>{head}<th></th></tr>{''.join(clips)}</table></html>\n"
+    )
