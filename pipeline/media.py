@@ -245,6 +245,30 @@ class RgbConverter:
         return np.ascontiguousarray(np.rot90(rgb, geometry.quarter_turns)) if geometry.quarter_turns else rgb
 
 
+class LumaConverter:
+    """Decoded frames of one stream to full-range luma as coded (not turned, not made square): for measuring."""
+
+    def __init__(self) -> None:
+        self._reformatter = VideoReformatter()
+        self._rgb = RgbConverter()
+
+    def __call__(self, frame: VideoFrame, stream: Any, max_side: int | None = None) -> np.ndarray:
+        """uint8 `(H, W)`; with max_side, shrunk so that no side is longer."""
+        if frame.color_trc in _HDR_TRANSFERS or frame.format.is_rgb:
+            grey = cv2.cvtColor(self._rgb(frame, stream), cv2.COLOR_RGB2GRAY)
+            return shrink(grey, max_side) if max_side else grey
+        scale = min(1.0, (max_side or frame.width) / max(frame.width, frame.height)) if max_side else 1.0
+        return self._reformatter.reformat(
+            frame,
+            width=max(1, round(frame.width * scale)),
+            height=max(1, round(frame.height * scale)),
+            format="gray",
+            dst_color_range=ColorRange.JPEG,
+            interpolation=Interpolation.AREA,
+            threads=1,
+        ).to_ndarray()
+
+
 def _is_image(path: str) -> bool:
     """Whether Pillow knows the content as a still picture (the name's ending does not count)."""
     _check_file(path)
