@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from demo.local_ray import LocalRay, local_ray
-from demo.results import collect
 from pipeline.stage import proportional_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +50,7 @@ def jobs(out: Path) -> list[Job]:
         Job("precompute", "data/latents", (f"--data={data}", f"--vae={vae}"), ("--variants=1",)),
         Job("train_dit", "data/weights/dit", (f"--data={data}", f"--output={data}"), SHORT_DIT),
         Job("pairs", "pairs", (f"--data={data}", f"--output={pairs}"), ("--max_clips=4",)),
-        Job("restore", "restored", (f"--input={pairs}/lq", f"--output={restored}", f"--vae={vae}", f"--dit={dit}")),
+        Job("restore", "restored", (f'--input=["{pairs}/lq"]', f"--output={restored}", f"--vae={vae}", f"--dit={dit}")),
         Job(
             "evaluate",
             "evaluation",
@@ -155,6 +154,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nstopped; the local Ray is gone, what was made is in", out, file=sys.stderr)
         raise SystemExit(130) from None
+    from demo.results import collect  # matplotlib and the networks: only now
+
     total = {"seconds": time.monotonic() - start, "peak_memory_bytes": memory.peak_bytes}
     collect(out, stages, total, short=arguments.short)
     print(f"\n{total['seconds'] / 60:.1f} minutes, peak memory {memory.peak_bytes / 2**30:.2f} GiB")

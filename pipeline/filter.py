@@ -6,32 +6,19 @@ both in training and held out.
 """
 
 import dataclasses
-import fnmatch
-import math
-import os
 import tempfile
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline import schema, shards, stage, storage
+from pipeline import schema, selection, shards, stage, storage
 from pipeline.sandbox import MediaError
 from pipeline.sandbox import shared as shared_sandbox
 from pipeline.scores import technical
+from pipeline.selection import Threshold
 
-_BANDS = 8  # of 8 bits: hashes that differ in at most 7 bits share at least one
 _SELECTION_FILE = "part-selection.parquet"
 _HISTOGRAM_ABOVE = 2000
-
-
-@dataclasses.dataclass(frozen=True)
-class Threshold:
-    """The range of a score that is kept; null leaves that side open."""
-
-    min: float | None = None
-    """clips below are rejected"""
-    max: float | None = None
-    """clips above are rejected"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +31,13 @@ class FilterConfig:
     """by score: sharpness, exposure, contrast, clipped_share, motion, static_share, border_share,
     blockiness, bits_per_pixel, niqe. A clip without a score (an image has no motion) passes its threshold."""
     held_out: list[str] = dataclasses.field(default_factory=list)
-    """file names (globs) or clips ("name.mp4@12.5", the shot that holds second 12.5) kept from training"""
+    """globs of file names kept from training, or shots of a file by the seconds in which they begin:
+    "name.mp4@12.5-20" """
     held_out_share: float = 0.0
     """share of the other sources that is held out too, drawn by hash"""
-    duplicate_bits: int = 4
-    """clips whose 64-bit perceptual hashes differ in at most so many bits are duplicates (at most 7)"""
-    keep_duplicates: bool = False
-    """keep all of a group of duplicates instead of the first"""
+    duplicate_bits: int | None = 3
+    """clips of two sources whose 64-bit perceptual hashes differ in at most so many bits (0 to 3) are twins,
+    of which the largest stays (null: do not look for twins)"""
     sampled_frames: int = 8
     """frames of full size that are measured in a clip"""
     niqe_frames: int = 2
@@ -73,8 +60,10 @@ class FilterConfig:
             raise ValueError(
                 f"thresholds.{unknown[0]}: no such score; there are {', '.join(technical.SCORES)}"
             )
-        if not 0 <= self.duplicate_bits < _BANDS:
-            raise ValueError(f"duplicate_bits: {self.duplicate_bits} is not within 0 to {_BANDS - 1}")
+        most = selection.MAX_DUPLICATE_DISTANCE
+        if self.duplicate_bits is not None and not 0 <= self.duplicate_bits <= most:
+            raise ValueError(f"duplicate_bits: {self.duplicate_bits} is not within 0 to {most}")
+        selection.check_held_out(self.held_out)
 
     @property
     def fingerprint(self) -> str:
@@ -109,102 +98,22 @@ def score_shard(row: dict[str, Any], config: FilterConfig) -> dict[str, Any]:
     )
 
 
-def reject_reason(scores: dict[str, Any], thresholds: dict[str, Threshold]) -> str | None:
-    """Why a clip is not kept, naming the first score outside its range; None if it is kept."""
-    if scores["error"] is not None:
-        return f"error: {scores['error']}"
-    for name, threshold in thresholds.items():
-        value = scores[name]
-        if value is None:
-            continue
-        if threshold.min is not None and not value >= threshold.min:
-            return f"{name} too low: {value:.4g} < {threshold.min:.4g}"
-        if threshold.max is not None and not value <= threshold.max:
-            return f"{name} too high: {value:.4g} > {threshold.max:.4g}"
-    return None
-
-
-def duplicate_groups(phashes: dict[str, str], bits: int) -> dict[str, str]:
-    """clip_id -> the first clip_id (in order of id) of its group; groups are joined transitively.
-
-    Hashes that differ in at most `bits` < 8 bits agree in at least one of 8 bytes: only those are compared.
-    """
-    leader = {clip_id: clip_id for clip_id in sorted(phashes)}
-
-    def find(clip_id: str) -> str:
-        while leader[clip_id] != clip_id:
-            leader[clip_id] = leader[leader[clip_id]]
-            clip_id = leader[clip_id]
-        return clip_id
-
-    numbers = {clip_id: int(phashes[clip_id], 16) for clip_id in leader}
-    for band in range(_BANDS):
-        bucket: dict[int, list[str]] = {}
-        for clip_id, number in numbers.items():
-            others = bucket.setdefault((number >> (8 * band)) & 0xFF, [])
-            for other in others:
-                if (number ^ numbers[other]).bit_count() <= bits:
-                    first, second = sorted((find(clip_id), find(other)))
-                    leader[second] = first
-            others.append(clip_id)
-    return {clip_id: find(clip_id) for clip_id in leader}
-
-
-def named_held_out(clip: dict[str, Any], patterns: list[str]) -> bool:
-    """Whether the config holds a clip out by its file's name, or by a second that the shot contains."""
-    name = os.path.basename(clip["uri"])
-    for pattern in patterns:
-        file, _, second = pattern.partition("@")
-        if not fnmatch.fnmatch(name, file):
-            continue
-        if not second or (clip["start_s"] or 0.0) <= float(second) < (clip["end_s"] or math.inf):
-            return True
-    return False
-
-
-def select(
-    clips: list[dict[str, Any]], scores: dict[str, dict[str, Any]], config: FilterConfig
-) -> list[dict[str, Any]]:
-    """selection/ for every clip: thresholds, duplicates among what is left, split by group and source."""
-    missing = {"error": "not scored yet; run filter without --rethreshold"}
-    reasons = {
-        c["clip_id"]: reject_reason(scores.get(c["clip_id"], missing), config.thresholds) for c in clips
-    }
-    candidates = {c["clip_id"]: c["phash"] for c in clips if reasons[c["clip_id"]] is None and c["phash"]}
-    group = duplicate_groups(candidates, config.duplicate_bits)
-    held: set[str] = set()
-    for clip in clips:
-        drawn = schema.stable_hash("held out", clip["source_id"]) % 10**6 < config.held_out_share * 10**6
-        if drawn or named_held_out(clip, config.held_out):
-            held.add(group.get(clip["clip_id"], clip["clip_id"]))
-    rows = []
-    for clip in sorted(clips, key=lambda clip: clip["clip_id"]):
-        clip_id = clip["clip_id"]
-        first = group.get(clip_id, clip_id)
-        reason = reasons[clip_id]
-        if reason is None and first != clip_id and not config.keep_duplicates:
-            reason = "duplicate"
-        rows.append(
-            {
-                "clip_id": clip_id,
-                "keep": reason is None,
-                "reject_reason": reason,
-                "duplicate_of": first if first != clip_id else None,
-                "split": "held_out" if first in held else "train",
-            }
-        )
-    return rows
-
-
 def rebuild_selection(config: FilterConfig, summary: stage.Summary) -> None:
     """Write selection/ anew from clips/ and scores/, and count."""
     clips = read_clips(config.data)
     table = storage.read_folder(storage.join(config.data, schema.SCORES))
     scores = {} if table is None else {row["clip_id"]: row for row in table.to_pylist()}
-    rows = select(clips, scores, config)
-    selection = pa.Table.from_pylist(rows, schema=schema.SELECTION_SCHEMA)
+    rows = selection.select(
+        clips,
+        scores,
+        config.thresholds,
+        config.duplicate_bits,
+        config.held_out,
+        config.held_out_share,
+    )
+    chosen = pa.Table.from_pylist(rows, schema=schema.SELECTION_SCHEMA)
     url = storage.join(config.data, schema.SELECTION, _SELECTION_FILE)
-    storage.write_table(url, [selection], schema.SELECTION_SCHEMA)
+    storage.write_table(url, [chosen], schema.SELECTION_SCHEMA)
     kept = [row for row in rows if row["keep"]]
     summary.rows_in, summary.rows_kept = len(clips), len(kept)
     summary.errors = sum(1 for clip in clips if clip["error"] is not None)

@@ -1,0 +1,128 @@
+import cv2
+import numpy as np
+import pytest
+
+from pipeline import filter as filter_stage
+from pipeline import schema, storage
+from pipeline import selection as select
+from pipeline.filter import FilterConfig, Threshold
+from pipeline.scores import technical
+from tests.pipeline.data_root import make_data_root
+
+
+def photo() -> np.ndarray:
+    from tests.pipeline.data_root import MEDIA
+
+    picture = cv2.imread(str(MEDIA / "coffee.jpg"))
+    assert picture is not None
+    return picture
+
+
+def grey() -> np.ndarray:
+    return cv2.cvtColor(photo(), cv2.COLOR_BGR2GRAY)
+
+
+def test_scores_answer_to_what_they_are_named_after():
+    clean = grey()
+    assert technical.sharpness(cv2.GaussianBlur(clean, (0, 0), 2)) < 0.3 * technical.sharpness(clean)
+    _, data = cv2.imencode(".jpg", clean, [cv2.IMWRITE_JPEG_QUALITY, 5])
+    squeezed = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)
+    assert technical.blockiness(squeezed) > 1.5 > technical.blockiness(clean)
+    barred = clean.copy()
+    barred[:80] = barred[-40:] = 0
+    assert technical.border_share(barred) == pytest.approx(120 / 400, abs=0.02)
+    assert technical.border_share(clean) == 0
+    assert technical.clipped_share(np.full((50, 50), 255, np.uint8)) == 1
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, local_ray) -> str:
+    root = tmp_path_factory.mktemp("data")
+    (root / "missing").mkdir()
+    url = make_data_root(root, ["cup.mp4", "city.mp4", "fig.jpg", "trailer_bbb.mp4"], ["box.mp4"])
+    file = storage.join(url, schema.CLIPS, "part-0.parquet")
+    clips = storage.read_table(file).to_pylist()
+    broken = dict(clips[1], clip_id="broken", uri=f"file://{root}/gone.mp4")
+    twin = dict(clips[0], clip_id="zz_twin", source_id="elsewhere")
+    unread = schema.empty_row(schema.CLIPS_SCHEMA, clip_id="unread", source_id="x", uri="x", error="no video")
+    rows = [{**row, "phash": f"{schema.stable_hash(row['uri']):016x}"} for row in [*clips, broken, twin]]
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist([*rows, unread], schema=schema.CLIPS_SCHEMA)
+    storage.write_table(file, [table], schema.CLIPS_SCHEMA)
+    return url
+
+
+def config(data: str, **changes) -> FilterConfig:
+    values = {"thresholds": {"exposure": Threshold(min=12)}, "held_out": ["box.mp4"], **changes}
+    return FilterConfig(data=data, **values)
+
+
+def selection(data: str) -> dict[str, dict]:
+    table = storage.read_folder(storage.join(data, schema.SELECTION))
+    assert table is not None and table.schema.equals(schema.SELECTION_SCHEMA)
+    return {row["clip_id"]: row for row in table.to_pylist()}
+
+
+def test_every_clip_has_scores_and_a_decision(data):
+    summary = filter_stage.run(config(data))
+    rows = selection(data)
+    assert len(rows) == summary.rows_in == 8
+    assert rows["unread"]["reject_reason"] == "error: no video"
+    assert rows["broken"]["reject_reason"].startswith("error: ") and not rows["broken"]["keep"]
+    clips = {row["clip_id"]: row for row in filter_stage.read_clips(data)}
+    names = {i: clips[i]["uri"].rsplit("/", 1)[-1] for i in rows}
+    # The trailer begins in black.
+    trailer = next(i for i in rows if names[i] == "trailer_bbb.mp4")
+    assert rows[trailer]["reject_reason"].startswith("exposure too low: ")
+    cups = sorted(i for i in rows if names[i] == "cup.mp4")
+    assert [rows[i]["keep"] for i in cups] == [True, False]
+    assert rows[cups[1]]["reject_reason"].startswith("duplicate") and rows[cups[1]]["duplicate_of"] == cups[0]
+    assert {names[i] for i, row in rows.items() if row["split"] == "held_out"} == {"box.mp4"}
+    scores = storage.read_folder(storage.join(data, schema.SCORES))
+    assert scores is not None and scores.num_rows == 8
+    measured = next(row for row in scores.to_pylist() if row["clip_id"] == cups[0])
+    assert all(measured[name] is not None for name in technical.SCORES if name != "bits_per_pixel")
+
+
+def test_thresholds_change_without_measuring_again(data):
+    filter_stage.run(config(data))
+    again = filter_stage.run(config(data, thresholds={"motion": Threshold(max=0.0)}, rethreshold=True))
+    assert again.rejected["motion too high"] >= 3 and again.bytes == 0
+    rows = selection(data).values()
+    # An image has no motion and passes.
+    assert sum(row["keep"] for row in rows) == 1
+    back = filter_stage.run(config(data))
+    assert back.already_done == 8 and back.bytes == 0
+
+
+def test_unknown_scores_are_named(data):
+    with pytest.raises(ValueError, match=r"thresholds.sharpnes: no such score"):
+        config(data, thresholds={"sharpnes": Threshold(min=1)})
+
+
+def test_duplicates_are_found_at_the_stated_distance_only():
+    base = 0x0123456789ABCDEF
+    values = [base, base ^ 0b111, base ^ (1 << 63 | 1 << 40 | 0b1100), ~base & (2**64 - 1), base]
+    hashes: list[str | None] = [f"{value:016x}" for value in values]
+    assert select.duplicate_groups([*hashes, None], 3) == [[0, 1, 4]]
+    assert select.duplicate_groups(hashes, 0) == [[0, 4]]
+
+
+def test_a_held_out_shot_takes_its_twins_along():
+    one = {
+        **schema.empty_row(schema.CLIPS_SCHEMA, clip_id="1", source_id="s", uri="file:///x/film.mp4"),
+        **{"start_s": 10.0, "end_s": 14.0, "phash": "00000000000000ff", "width": 8, "height": 8},
+    }
+    two = dict(one, clip_id="2", uri="file:///x/copy.mp4", source_id="t")
+    other = dict(one, clip_id="3", start_s=14.0, phash="ffff000000000000")
+    fine = {i: {"error": None} for i in "123"}
+
+    def sides(*held_out: str) -> list[str]:
+        return [row["split"] for row in select.select([one, two, other], fine, {}, 3, list(held_out), 0.0)]
+
+    assert sides("film.mp4@9-14") == ["held_out", "held_out", "train"]
+    assert sides("copy.mp4") == ["held_out"] * 3  # twins make one unit of both sources
+    assert sides("unknown.mp4") == ["train"] * 3
+    with pytest.raises(ValueError, match="held_out: 'film.mp4@20-12'"):
+        FilterConfig(data="file:///x", thresholds={}, held_out=["film.mp4@20-12"])
