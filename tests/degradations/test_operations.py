@@ -24,7 +24,7 @@ def assert_moments(noise: np.ndarray, mean: float, variance: float, correlation:
     independent = count * (3 if correlation == 0 else 1)
     assert abs(flat.mean() - mean) < 4 * np.sqrt(variance / independent)
     assert abs(flat.var() - variance) < 4 * variance * np.sqrt(excess / independent)
-    measured = np.corrcoef(flat.T)
+    measured = np.asarray(np.corrcoef(flat.T))
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert abs(measured[one, other] - correlation) < 4 / np.sqrt(count)
 
