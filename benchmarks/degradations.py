@@ -25,12 +25,16 @@ from typing import Any
 
 import av
 import cv2
+import matplotlib
 import numpy as np
 
 from degradations.config import REALBASICVSR, REALESRGAN
 from degradations.kernels import KernelKind
 from degradations.operations import Blur, Jpeg, Resize, UnsharpMask, VideoCodec
 from degradations.recipe import Degradation, apply, draw, from_json, to_json
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
 
 HERE = Path(__file__).parent
 SHAPE = (21, 720, 720)
@@ -192,6 +196,20 @@ def realbasicvsr(clip: np.ndarray, count: int) -> dict[str, Any]:
     }
 
 
+def plot_rates(rates: list[dict[str, Any]], path: Path) -> None:
+    """Drawn against measured bits a pixel, one point a codec pass."""
+    figure, axes = pyplot.subplots(figsize=(5, 4), dpi=90)
+    for encoder in sorted({rate["encoder"] for rate in rates}):
+        chosen = [rate for rate in rates if rate["encoder"] == encoder]
+        drawn = [rate["drawn_bits_per_pixel"] for rate in chosen]
+        axes.scatter(drawn, [rate["measured_bits_per_pixel"] for rate in chosen], s=14, label=encoder)
+    axes.plot([0.1, 1.6], [0.1, 1.6], color="grey", linewidth=1)
+    axes.set(xlabel="drawn, bits a pixel", ylabel="measured, bits a pixel", xscale="log", yscale="log")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--reference-python", default="out/reference/bin/python")
@@ -211,6 +229,7 @@ def main() -> None:
     out = Path("out/bench/degradations.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))
+    plot_rates(result["realbasicvsr_rates"], out.with_name("degradations_rates.png"))
     for name, value in result.items():
         if not isinstance(value, list) and not name.endswith("of_each"):
             print(

@@ -24,8 +24,8 @@ ROUNDS = 2
 
 
 def measure_all(rounds: int) -> dict[tuple[Grid, bool], tuple[float, float]]:
-    """(grid, shifted) -> (best seconds, peak GiB). A shared machine's speed changes by the minute, so the sizes
-    take turns instead of having their repeats in a row."""
+    """(grid, shifted) -> (best seconds, peak GiB). Sizes take turns, repeats are not in a row: a shared
+    machine's speed changes by the minute."""
     best: dict[tuple[Grid, bool], tuple[float, float]] = {}
     for key in [(grid, shifted) for _ in range(rounds) for grid in GRIDS for shifted in (False, True)]:
         layer = Layer(key[0], WINDOW, key[1])

@@ -50,7 +50,11 @@ def jobs(out: Path) -> list[Job]:
         Job("precompute", "data/latents", (f"--data={data}", f"--vae={vae}"), ("--variants=1",)),
         Job("train_dit", "data/weights/dit", (f"--data={data}", f"--output={data}"), SHORT_DIT),
         Job("pairs", "pairs", (f"--data={data}", f"--output={pairs}"), ("--max_clips=4",)),
-        Job("restore", "restored", (f'--input=["{pairs}/lq"]', f"--output={restored}", f"--vae={vae}", f"--dit={dit}")),
+        Job(
+            "restore",
+            "restored",
+            (f'--input=["{pairs}/lq"]', f"--output={restored}", f"--vae={vae}", f"--dit={dit}"),
+        ),
         Job(
             "evaluate",
             "evaluation",

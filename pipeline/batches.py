@@ -147,7 +147,7 @@ class LatentReader:
 
 def _places(file_url: str) -> dict[str, tuple[str, int, int]]:
     """Where each clip's row stands in a text file: (file, row group, row)."""
-    places = {}
+    places: dict[str, tuple[str, int, int]] = {}
     with storage.open_input(file_url) as file:
         parquet = pq.ParquetFile(file)
         for group in range(parquet.metadata.num_row_groups):

@@ -246,7 +246,7 @@ class RgbConverter:
 
 
 class LumaConverter:
-    """Decoded frames of one stream to full-range luma as coded (not turned, not made square): for measuring."""
+    """Decoded frames of one stream to full-range luma as coded (not turned or made square): to measure."""
 
     def __init__(self) -> None:
         self._reformatter = VideoReformatter()

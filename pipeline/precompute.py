@@ -85,7 +85,7 @@ class PrecomputeConfig:
 
 
 def degrade(frames: np.ndarray, clip: dict[str, Any], config: PrecomputeConfig, seed: int) -> dict[str, Any]:
-    """HQ (the frames, sharpened where the recipe says so) and LQ, uint8 (T, H, W, 3), and all that made it."""
+    """HQ (the frames, sharpened if the recipe says so) and LQ, uint8 (T, H, W, 3), and what made it."""
     recipe = config.image_recipe if clip["media"] == "image" else config.video_recipe
     shape = (frames.shape[0], frames.shape[1], frames.shape[2])
     degradation = draw(recipe, seed, shape, clip["fps"] or 25.0)

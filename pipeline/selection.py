@@ -72,7 +72,7 @@ def duplicate_groups(hashes: list[str | None], distance: int) -> list[list[int]]
 
 
 def _matches(clip: dict[str, Any], pattern: str) -> bool:
-    """Whether a held_out pattern names this clip: a glob of the end of its URI, with @from-to seconds or not."""
+    """Whether a held_out pattern names this clip: a glob of its URI's end, with @from-to seconds or not."""
     glob, _, span = pattern.partition("@")
     if not fnmatch.fnmatchcase(clip["uri"], "*/" + glob.lstrip("/")):
         return False

@@ -146,8 +146,8 @@ def run_shards(
 ) -> list[dict[str, Any]]:
     """Send every pending shard through one Ray Data operator; one shard is one block, one task, one file.
 
-    task: `row {"shard": JSON of a Shard} -> report row` as a function, or a class (an actor that loads its models
-    once) with such a `__call__`.
+    task: `row {"shard": JSON of a Shard} -> report row` as a function, or a class (an actor that loads its
+    models once) with such a `__call__`.
     """
     if not pending:
         return []

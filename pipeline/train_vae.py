@@ -170,7 +170,7 @@ def by_length(crops: list[np.ndarray], device: torch.device) -> list[Tensor]:
     return [torch.cat([precompute.to_network(crop, device) for crop in group]) for group in groups]
 
 
-def reconstruct(vae: torch.nn.Module, video: Tensor, noise: Tensor) -> dict[str, Tensor]:
+def reconstruct(vae: CausalVideoAutoencoder, video: Tensor, noise: Tensor) -> dict[str, Tensor]:
     """Encode, sample the posterior with the given noise, decode: the reconstruction and both moments."""
     mean, log_variance = vae.encode(video)
     z = mean + torch.exp(0.5 * log_variance) * noise

@@ -104,7 +104,7 @@ def setup_worker(scale: ScaleConfig) -> torch.device:
     import deepspeed  # slow to import, and only workers need it
 
     device = ray.train.torch.get_device() if scale.use_gpu else torch.device("cpu")
-    # Its shared-memory all-reduce takes a minute and a half of two compilers at the first start; gloo will do.
+    # Its shared-memory all-reduce takes 90 s of compiling at the first start; gloo will do.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if scale.use_gpu else "gloo", verbose=False)
     return device

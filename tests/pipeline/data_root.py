@@ -10,7 +10,7 @@ MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
 
 
 def make_data_root(root: Path, train: list[str], held_out: list[str], frames: int = 24) -> str:
-    """clips/ and selection/ of one clip for each bundled file (its first `frames` frames); returns the URL."""
+    """clips/ and selection/ of a clip for each bundled file, its first `frames` frames; returns the URL."""
     clips, selection = [], []
     for split, names in (("train", train), ("held_out", held_out)):
         for name in names:

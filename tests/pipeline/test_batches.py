@@ -61,7 +61,7 @@ def test_resuming_at_a_step_gives_the_steps_that_would_have_followed():
 
 
 @settings(max_examples=40, deadline=None)
-@given(count=st.integers(1, 60), packs=st.integers(1, 6), budget=st.integers(256, 2000), seed=st.integers(0, 9))
+@given(st.integers(1, 60), st.integers(1, 6), st.integers(256, 2000), st.integers(0, 9))
 def test_packs_are_never_empty_nor_above_the_budget(count, packs, budget, seed):
     steps, _ = take(batches.SampleStream(index(count), seed), 5, packs, budget)
     for step in steps:

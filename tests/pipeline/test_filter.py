@@ -27,6 +27,7 @@ def test_scores_answer_to_what_they_are_named_after():
     assert technical.sharpness(cv2.GaussianBlur(clean, (0, 0), 2)) < 0.3 * technical.sharpness(clean)
     _, data = cv2.imencode(".jpg", clean, [cv2.IMWRITE_JPEG_QUALITY, 5])
     squeezed = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)
+    assert squeezed is not None
     assert technical.blockiness(squeezed) > 1.5 > technical.blockiness(clean)
     barred = clean.copy()
     barred[:80] = barred[-40:] = 0
@@ -124,5 +125,5 @@ def test_a_held_out_shot_takes_its_twins_along():
     assert sides("film.mp4@9-14") == ["held_out", "held_out", "train"]
     assert sides("copy.mp4") == ["held_out"] * 3  # twins make one unit of both sources
     assert sides("unknown.mp4") == ["train"] * 3
-    with pytest.raises(ValueError, match="held_out: 'film.mp4@20-12'"):
+    with pytest.raises(ValueError, match=r"held_out: 'film\.mp4@20-12'"):
         FilterConfig(data="file:///x", thresholds={}, held_out=["film.mp4@20-12"])

@@ -94,6 +94,6 @@ def test_bfloat16_columns_come_back_as_they_were():
 
 def test_hashes_are_the_same_on_every_machine():
     assert schema.stable_hash("a", 1) == schema.stable_hash("a", 1) != schema.stable_hash("a1")
-    assert schema.stable_id("clip", 5, 77) == "%016x" % schema.stable_hash("clip", 5, 77)
+    assert schema.stable_id("clip", 5, 77) == f"{schema.stable_hash('clip', 5, 77):016x}"
     assert 0 <= schema.stable_hash("x") < 2**63
     assert json.loads(json.dumps(schema.fingerprint(a=1))) != schema.fingerprint(a=2)

@@ -44,7 +44,7 @@ def save_vae(folder: Path) -> str:
 
 
 def save_dit(folder: Path) -> str:
-    """A random transformer's weights folder (its zero-initialised layers made random too); returns its URL."""
+    """A random transformer's weights folder, its zero-initialised layers random too; returns its URL."""
     torch.manual_seed(1)
     dit = SwinMMDiT(DIT)
     state = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in dit.state_dict().items()}
