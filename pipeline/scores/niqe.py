@@ -45,10 +45,21 @@ def _shapes() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def luma(frame: np.ndarray) -> np.ndarray:
     """uint8 `(H, W, 3)` RGB to whole-numbered BT.601 luma in 16..235, float32 `(H, W)`, as MATLAB has it."""
-    weights = np.array([[65.481, 128.553, 24.966]]) / 255
-    return np.round(cv2.transform(frame.astype(np.float32), weights.astype(np.float32)) + 16.0).astype(
-        np.float64
-    )
+    # Scaled down and up again in single precision: where luma lies half way, rounding must go basicsr's way.
+    unit = frame.astype(np.float32) / np.float32(255)
+    value = unit[..., 2] * 24.966 + unit[..., 1] * 128.553 + unit[..., 0] * 65.481 + 16.0
+    return np.round(value.astype(np.float32) / np.float32(255) * np.float32(255))
+
+
+def _halve(picture: np.ndarray) -> np.ndarray:
+    """Half the size in each direction as MATLAB's imresize does it, in single precision."""
+    height, width = picture.shape
+    taps = _HALVING.astype(np.float32)
+    padded = cv2.copyMakeBorder(picture / np.float32(255), 3, 4, 0, 0, cv2.BORDER_REFLECT)
+    rows = sum(tap * padded[offset : offset + height : 2] for offset, tap in enumerate(taps))
+    padded = cv2.copyMakeBorder(np.asarray(rows), 0, 0, 3, 4, cv2.BORDER_REFLECT)
+    columns = sum(tap * padded[:, offset : offset + width : 2] for offset, tap in enumerate(taps))
+    return np.asarray(columns) * np.float32(255)
 
 
 def _fit(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -107,10 +118,7 @@ def niqe(frame: np.ndarray) -> float | None:
     picture = luma(frame[:height, :width])
     with np.errstate(invalid="ignore", divide="ignore"):
         full = _features(_normalise(picture, window), BLOCK_PX)
-        halved = cv2.sepFilter2D(
-            picture, -1, _HALVING, _HALVING, anchor=(3, 3), borderType=cv2.BORDER_REFLECT
-        )
-        half = _features(_normalise(np.ascontiguousarray(halved[::2, ::2]), window), BLOCK_PX // 2)
+        half = _features(_normalise(_halve(picture), window), BLOCK_PX // 2)
     features = np.concatenate([full, half], axis=1)
     whole = features[~np.isnan(features).any(axis=1)]
     if len(whole) < 2:

@@ -4,6 +4,7 @@ Motion and repeated frames are measured between neighbouring frames shrunk to 32
 frames of full size, averaged. All pictures are uint8 RGB as displayed.
 """
 
+import itertools
 from typing import Any
 
 import cv2
@@ -20,6 +21,7 @@ _SAME = 0.5  # mean difference of two frames, of 255, below which nothing moved
 SCORES = {
     "sharpness": "variance of the Laplacian of luma (0 to 255), higher is sharper",
     "exposure": "mean luma, 0 to 255",
+    "exposure_range": "largest minus smallest mean luma of a frame within the clip: fades, flashes",
     "contrast": "standard deviation of luma, 0 to 255",
     "clipped_share": "share of pixels that are crushed to black or clipped to white",
     "motion": "mean difference of neighbouring frames at 320 px, 0 to 255",
@@ -72,21 +74,21 @@ def measure_clip(clip: dict[str, Any], path: str, sampled_frames: int, niqe_fram
 
     sampled_frames: frames of full size that are measured; niqe_frames: how many of those NIQE gets.
     """
+    if clip["media"] == "image":
+        return _of_pictures([media.load_image(path)], niqe_frames)
     wanted = {int(i) for i in np.linspace(0, clip["num_frames"] - 1, sampled_frames).round()}
     chosen: list[np.ndarray] = []
-    differences: list[float] = []
-    before: np.ndarray | None = None
-    end = clip["end_pts"] if clip["media"] == "video" else None
-    for index, frame in enumerate(media.decode_frames(path, clip["start_pts"], end)):
+    small: list[np.ndarray] = []
+    # Only what is looked at closely becomes RGB: converting costs more than decoding.
+    to_rgb, to_luma = media.RgbConverter(), media.LumaConverter()
+    frames = media.decode_video(path, clip["start_pts"], clip["end_pts"])
+    for index, (_, frame, stream) in enumerate(frames):
         if index in wanted:
-            chosen.append(frame)
-        small = media.shrink(luma(frame)[..., None], SMALL_PX).squeeze()
-        if before is not None and before.shape == small.shape:
-            differences.append(float(cv2.absdiff(before, small).mean()))
-        before = small
-    if not chosen:
-        raise ValueError("no frame of the clip decodes")
-    return {**_of_pictures(chosen, niqe_frames), **_of_motion(differences)}
+            chosen.append(to_rgb(frame, stream))
+        small.append(to_luma(frame, stream, SMALL_PX))
+    if not chosen or len(small) < clip["num_frames"]:
+        raise ValueError(f"only {len(small)} of the clip's {clip['num_frames']} frames decode")
+    return {**_of_pictures(chosen, niqe_frames), **_of_motion(small)}
 
 
 def _of_pictures(frames: list[np.ndarray], niqe_frames: int) -> dict[str, float]:
@@ -105,10 +107,15 @@ def _of_pictures(frames: list[np.ndarray], niqe_frames: int) -> dict[str, float]
     return {**found, "niqe": float(np.mean(values))} if values else found
 
 
-def _of_motion(differences: list[float]) -> dict[str, float]:
-    if not differences:
+def _of_motion(small: list[np.ndarray]) -> dict[str, float]:
+    """From every frame's luma at 320 px."""
+    if len(small) < 2:
         return {}
+    pairs = itertools.pairwise(small)
+    differences = [float(cv2.absdiff(before, after).mean()) for before, after in pairs]
+    levels = [float(picture.mean()) for picture in small]
     return {
+        "exposure_range": max(levels) - min(levels),
         "motion": float(np.mean(differences)),
         "static_share": float(np.mean([difference < _SAME for difference in differences])),
     }
