@@ -9,7 +9,6 @@ from pipeline.filter import FilterConfig, Threshold
 from pipeline.scores import technical
 from tests.pipeline.data_root import make_data_root
 
-
 LIMIT = 80.0
 
 

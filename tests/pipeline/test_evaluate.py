@@ -1,0 +1,163 @@
+"""Evaluation of small real clips: known numbers, identical files, and every mismatch as one clear line."""
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import evaluate, evaluate_tables, media, storage
+from pipeline.evaluate import CEILING, METRICS, EvaluateConfig
+from pipeline.scores import full_reference
+from tests.pipeline import tiny_models
+
+MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
+
+
+def save(path: Path, frames: list[np.ndarray]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width = frames[0].shape[:2]
+    with media.VideoWriter(str(path), Fraction(25), width, height, lossless=True) as out:
+        for frame in frames:
+            out.write(frame)
+
+
+@pytest.fixture(scope="module")
+def truth() -> list[np.ndarray]:
+    """5 real frames of 100x200: two blocks of NIQE's."""
+    return [frame[100:200, 100:300] for frame in media.decode_frames(str(MEDIA / "city.mp4"), max_frames=5)]
+
+
+@pytest.fixture(scope="module")
+def result(truth, tmp_path_factory, local_ray) -> dict:
+    root = tmp_path_factory.mktemp("evaluate")
+    off_by_five = [np.where(frame < 128, frame + 5, frame - 5).astype(np.uint8) for frame in truth]
+    save(root / "truth" / "a.mkv", truth)
+    save(root / "truth" / "sub" / "b.mkv", truth[::-1])
+    save(root / "same" / "a.mkv", truth)
+    save(root / "same" / "sub" / "b.mkv", truth[::-1])
+    save(root / "off" / "a.mkv", off_by_five)
+    save(root / "off" / "sub" / "b.mkv", off_by_five[::-1])
+    save(root / "bad" / "a.mkv", truth[:3])  # and no b
+    save(root / "half" / "a.mkv", [frame[::2, ::2] for frame in truth])
+    (root / "half" / "sub").mkdir()
+    (root / "half" / "sub" / "b.mkv").write_bytes(b"not a video")
+    config = EvaluateConfig(
+        methods={name: f"file://{root}/{name}" for name in ("same", "off", "bad", "half")},
+        output=f"file://{root}/out",
+        truth=f"file://{root}/truth",
+        reconstruct_with=tiny_models.save_vae(root / "vae"),
+    )
+    evaluate.run(config)
+    for ending in ("md", "html"):
+        assert "PSNR" in (root / "out" / f"evaluation.{ending}").read_text()
+    text = storage.read_bytes(f"file://{root}/out/evaluation.json").decode()
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def clip(result: dict, method: str, name: str) -> dict:
+    (row,) = [row for row in result["clips"] if (row["method"], row["clip"]) == (method, name)]
+    return row
+
+
+def mean(result: dict, method: str) -> dict:
+    (row,) = [row for row in result["means"] if row["method"] == method]
+    return row
+
+
+def test_a_known_error_has_its_known_psnr(result, truth):
+    row = clip(result, "off", "a")
+    assert row["psnr_rgb"] == pytest.approx(20 * np.log10(255 / 5))
+    assert row["frames"] == 5 and (row["height"], row["width"]) == (100, 200)
+    frame = np.where(truth[0] < 128, truth[0] + 5, truth[0] - 5).astype(np.uint8)
+    expected = full_reference.full_reference_scores(frame, truth[0])
+    assert row["ssim_y"] == pytest.approx(expected["ssim_y"], abs=0.01)
+    assert row["niqe"] is not None and row["error"] is None
+
+
+def test_equal_files_are_null_with_a_note(result):
+    row = clip(result, "same", "a")
+    assert row["psnr_rgb"] is None and row["ssim_rgb"] == pytest.approx(1)
+    assert row["note"] == "5 of 5 frames equal the truth: infinite PSNR"
+    assert mean(result, "same")["psnr_rgb"] == {"mean": None, "standard_error": None, "clips": 0}
+
+
+def test_what_does_not_match_is_one_line_that_names_the_file(result):
+    missing, short, small, broken = (
+        clip(result, method, name)["error"]
+        for method, name in (("bad", "sub/b"), ("bad", "a"), ("half", "a"), ("half", "sub/b"))
+    )
+    assert "there is no sub/b below" in missing
+    assert "bad/a.mkv: it has 3 frames, the truth has more" in short
+    assert "half/a.mkv: frame 0 is 100x50, the truth's is 200x100" in small
+    assert "half/sub/b.mkv" in broken
+    assert all("\n" not in error for error in (missing, short, small, broken))
+    assert mean(result, "bad")["clips"] == 0 and mean(result, "bad")["errors"] == 2
+
+
+def test_the_autoencoders_reconstruction_is_a_method(result):
+    ceiling = mean(result, CEILING)
+    assert ceiling["clips"] == 2 and 3 < ceiling["psnr_rgb"]["mean"] < 30
+    assert result["protocol"]["methods"][CEILING]["vae_sha256"][0]
+
+
+def test_the_protocol_says_how(result):
+    protocol = result["protocol"]
+    assert protocol["border_px"] == 0 and protocol["frames"] == {"every": 1, "max_frames": None}
+    assert {"psnr", "ssim", "niqe", "truth"} <= set(protocol)
+
+
+def test_frames_used_and_enlarging(truth, tmp_path):
+    save(tmp_path / "truth" / "a.mkv", truth)
+    save(tmp_path / "small" / "a.mkv", [frame[::2, ::2] for frame in truth])
+    config = EvaluateConfig(
+        methods={"small": f"file://{tmp_path}/small"},
+        output=f"file://{tmp_path}/out",
+        truth=f"file://{tmp_path}/truth",
+        enlarge=["small"],
+        every=2,
+        max_frames=2,
+    )
+    (row,) = evaluate.plan_rows(config)
+    scores = evaluate.Measure(config)(row)["result"]
+    assert scores["error"] is None and scores["frames"] == 2 and scores["width"] == 200
+    assert 15 < scores["psnr_y"] < 45
+
+
+def test_without_truth_only_niqe(truth, tmp_path):
+    save(tmp_path / "real" / "a.mkv", truth)
+    config = EvaluateConfig(methods={"real": f"file://{tmp_path}/real"}, output=f"file://{tmp_path}/out")
+    (row,) = evaluate.plan_rows(config)
+    scores = evaluate.Measure(config)(row)["result"]
+    assert scores["niqe"] is not None and scores["psnr_rgb"] is None and scores["error"] is None
+
+
+def test_means_standard_errors_and_marks():
+    def row(method: str, psnr: float, niqe: float) -> dict:
+        values = dict.fromkeys(METRICS, None) | {"psnr_rgb": psnr, "niqe": niqe}
+        return {"method": method, "clip": "c", "error": None, **values}
+
+    rows = [row("A", 20, 5), row("A", 24, 7), row("B", 30, 9), row("C", 10, 1), row(CEILING, 50, 0.5)]
+    table = evaluate_tables.means(rows, METRICS)
+    assert table[0]["psnr_rgb"] == {"mean": 22, "standard_error": pytest.approx(2), "clips": 2}
+    assert table[1]["psnr_rgb"]["standard_error"] is None
+    lines = evaluate_tables.markdown_means(table, METRICS, CEILING).splitlines()
+    assert "<u>22.00 ± 2.00</u>" in lines[2] and "**30.00**" in lines[3]
+    assert "**1.00**" in lines[4] and "**" not in lines[5]  # the ceiling is no competitor
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"methods": {}}, "methods: empty"),
+        ({"methods": {"x": "relative/path"}}, r"methods\.x: .* is relative"),
+        ({"enlarge": ["LQ"]}, "enlarge: 'LQ' is none of the methods"),
+        ({"reconstruct_with": "file:///v"}, "reconstruct_with: .* without `truth`"),
+        ({"every": 0}, "every: 0"),
+    ],
+)
+def test_wrong_configs_name_their_key(wrong: dict, message: str):
+    good = {"methods": {"a": "file:///a"}, "output": "file:///out"}
+    with pytest.raises(ValueError, match=message):
+        EvaluateConfig(**{**good, **wrong})
