@@ -18,7 +18,7 @@ IMAGES = ("astronaut.jpg", "cat.jpg", "coffee.jpg", "rocket.jpg", "flower.jpg")
 
 def frames() -> dict[str, np.ndarray]:
     """20 frames: five photographs as they are, blurred, noisy, and cut to an odd size; none above 640x480."""
-    made = {}
+    made: dict[str, np.ndarray] = {}
     rng = np.random.default_rng(0)
     for name in IMAGES:
         picture = media.load_image(str(ROOT / "demo/media" / name))[:480, :640]
