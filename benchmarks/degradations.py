@@ -34,7 +34,7 @@ from degradations.operations import Blur, Jpeg, Resize, UnsharpMask, VideoCodec
 from degradations.recipe import Degradation, apply, draw, from_json, to_json
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 HERE = Path(__file__).parent
 SHAPE = (21, 720, 720)
