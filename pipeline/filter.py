@@ -29,7 +29,8 @@ class FilterConfig:
     """absolute URL of the data root that holds clips/; scores/ and selection/ are written there"""
     thresholds: dict[str, Threshold]
     """by score: sharpness, exposure, exposure_range, contrast, clipped_share, motion, static_share,
-    border_share, blockiness, bits_per_pixel, niqe. A clip without a score (an image has no motion) passes its threshold."""
+    border_share, blockiness, bits_per_pixel, niqe. A clip without a score (an image has no motion)
+    passes its threshold."""
     held_out: list[str] = dataclasses.field(default_factory=list)
     """globs of file names kept from training, or shots of a file by the seconds in which they begin:
     "name.mp4@12.5-20" """

@@ -186,27 +186,23 @@ def decode_video(
     Starts at the keyframe before start_pts. Where that leads past start_pts (open groups of pictures,
     coarse indexes), it seeks further back, in the end to the file's start.
     """
-    with _open_video(path, threads, max_pixels) as (container, stream):
-        for margin_s in (0, 2, 10, None) if start_pts is not None else (None,):
-            if margin_s is not None and start_pts is not None:
-                target = start_pts - round(margin_s / stream.time_base)
+    for margin_s in (0, 2, 10, None) if start_pts is not None else (None,):
+        with _open_video(path, threads, max_pixels) as (container, stream):
+            if start_pts is not None and margin_s is not None:
                 with contextlib.suppress(av.FFmpegError):
+                    target = start_pts - round(margin_s / stream.time_base)
                     container.seek(target, stream=stream, backward=True)
-            elif start_pts is not None:
-                container.seek(0) if stream.start_time is None else container.seek(
-                    min(0, stream.start_time), stream=stream, backward=True
-                )
-            first = True
+            reached = margin_s is None  # from the file's start nothing can be missed
             for stamp, frame in _decode(container, stream):
-                if first and margin_s is not None and (frame.pts is None or stamp > (start_pts or 0)):
+                if not reached and (frame.pts is None or stamp > (start_pts or 0)):
                     break
-                first = False
+                reached = True
                 if end_pts is not None and stamp >= end_pts:
                     return
                 if start_pts is None or stamp >= start_pts:
                     _check_pixels(frame.width, frame.height, max_pixels)
                     yield stamp, frame, stream
-            else:
+            if reached:
                 return
 
 

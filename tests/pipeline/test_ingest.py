@@ -1,0 +1,179 @@
+"""Every file below the input is accounted for in clips/, whatever it is; running again only adds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import ingest, media, schema, shots, storage
+from pipeline.ingest import IngestConfig
+from tests.pipeline.test_media import encode, moving_picture
+
+ROOT = Path(__file__).parents[2]
+
+
+def odd_files(folder: Path) -> dict[str, str]:
+    """A folder with one file of each odd kind; file name -> a word of the error expected, '' for none."""
+    whole = Path(encode(folder / "plain.mp4", "libx264", "yuv420p", {})).read_bytes()
+    encode(folder / "one_frame.mp4", "libx264", "yuv420p", {}, frames=moving_picture(1))
+    encode(folder / "ten_bit.mkv", "libx265", "yuv420p10le", {"x265-params": "log-level=none"})
+    turn = {"prepare": lambda stream: stream.set_display_rotation(90), "frames": moving_picture(12)}
+    encode(folder / "turned.mp4", "libx264", "yuv420p", {}, **turn)
+    with media.VideoWriter(str(folder / "odd_size.mp4"), 25, 641, 273) as writer:
+        for frame in moving_picture(10, 273, 641):
+            writer.write(frame)
+    stream = Path(encode(folder / "cut_stream.ts", "mpeg2video", "yuv420p", {"g": "6"}))
+    stream.write_bytes(stream.read_bytes()[: stream.stat().st_size * 2 // 3])
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.mp4").write_text("not a video\n" * 30)
+    (folder / "empty.mp4").touch()
+    picture = Image.fromarray(moving_picture(1)[0])
+    picture.convert("L").save(folder / "grey.jpg")
+    picture.convert("RGBA").save(folder / "alpha.png")
+    (folder / "cut.jpg").write_bytes((folder / "grey.jpg").read_bytes()[:2000])
+    (folder / "plain.txt").write_text("a pan over a rough texture\n")
+    (folder / "odd_size.json").write_text(json.dumps({"caption": "odd", "license": "CC0"}))
+    (folder / "notes.md").write_text("ignored")
+    errors = {"cut.mp4": "moov", "text.mp4": "FFmpeg", "empty.mp4": "empty", "cut.jpg": "decoded"}
+    good = "plain.mp4 one_frame.mp4 ten_bit.mkv turned.mp4 odd_size.mp4 cut_stream.ts grey.jpg alpha.png"
+    return {**dict.fromkeys(good.split(), ""), **errors}
+
+
+def rows_of(output: Path) -> list[dict]:
+    table = storage.read_folder(f"file://{output}/clips")
+    assert table is not None and table.schema.equals(schema.CLIPS_SCHEMA)
+    return table.to_pylist()
+
+
+def name_of(row: dict) -> str:
+    return row["uri"].rsplit("/", 1)[1]
+
+
+def test_every_odd_file_is_accounted_for_and_running_again_only_adds(local_ray, tmp_path):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    expected = odd_files(source)
+    config = IngestConfig(
+        input=str(source), output=str(output), sources_per_shard=4, dataset="odd", concurrency=2
+    )
+    summary = ingest.run(config)
+    rows = rows_of(output)
+    by_name = {name_of(row): row for row in rows}
+    assert len(rows) == len(by_name) == len(expected) == summary.rows_in
+    for name, word in expected.items():
+        error = by_name[name]["error"]
+        assert (word in error) if word else error is None, f"{name}: {error}"
+    assert summary.errors == 4 and summary.rows_kept == 8
+    assert summary.details["files ignored (not media by name)"] == 1
+
+    assert by_name["one_frame.mp4"]["num_frames"] == 1
+    assert by_name["ten_bit.mkv"]["bit_depth"] == 10
+    odd = by_name["odd_size.mp4"]
+    assert (odd["width"], odd["height"], odd["num_frames"]) == (641, 273, 10)
+    assert (odd["caption"], odd["license"], odd["dataset"]) == ("odd", "CC0", "odd")
+    assert by_name["plain.mp4"]["caption"] == "a pan over a rough texture"
+    turned = by_name["turned.mp4"]
+    assert (turned["width"], turned["height"], turned["rotation"]) == (144, 256, 270)
+    assert 5 < by_name["cut_stream.ts"]["num_frames"] < 30
+    assert by_name["grey.jpg"]["media"] == "image" and by_name["grey.jpg"]["num_frames"] == 1
+    for row in rows:
+        if row["error"] is None:  # each clip can be read as its row says
+            path = storage.path_of(row["uri"])
+            frames = media.read_frames(row, path, 0, row["num_frames"])
+            assert frames.shape[1:3] == (row["height"], row["width"])
+
+    again = ingest.run(config)
+    assert again.already_done == len(expected) and again.bytes == 0
+    assert rows_of(output) == rows
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(source / "new.png")
+    more = ingest.run(config)
+    assert more.details["new clips"] == 1
+    ids = {row["clip_id"] for row in rows}
+    assert {name_of(row) for row in rows_of(output) if row["clip_id"] not in ids} == {"new.png"}
+
+    with pytest.raises(ValueError, match="other settings"):
+        ingest.run(IngestConfig(input=str(source), output=str(output), max_clip_frames=33))
+
+
+def test_clips_do_not_depend_on_where_the_input_lies(tmp_path):
+    for place in ("here", "there"):
+        (tmp_path / place / "sub").mkdir(parents=True)
+        (tmp_path / place / "sub" / "a.mp4").write_bytes(b"x")
+    listed = [
+        ingest.list_sources(IngestConfig(input=str(tmp_path / place), output="/data"))[0]
+        for place in ("here", "there")
+    ]
+    assert listed[0][0]["source_id"] == listed[1][0]["source_id"]
+
+
+def scan(path: str, **changes) -> list[dict]:
+    cutting = IngestConfig(input="/x", output="/y", **changes).cutting
+    return list(shots.scan(path, cutting, 2**26))[-1]["clips"]
+
+
+def test_shots_are_cut_where_the_picture_changes_and_to_length(tmp_path):
+    one, two = moving_picture(40), [255 - frame[::-1] for frame in moving_picture(33)]
+    black = [np.zeros_like(one[0])] * 10
+    path = encode(tmp_path / "two.mp4", "libx264", "yuv420p", {}, frames=[*one, *two])
+    assert [clip["num_frames"] for clip in scan(path)] == [40, 33]
+    # The tail of 4 is under min_clip_frames and left out.
+    assert [clip["num_frames"] for clip in scan(path, max_clip_frames=18)] == [18, 18, 18, 15]
+    path = encode(tmp_path / "black.mp4", "libx264", "yuv420p", {}, frames=[*one, *black, *two])
+    clips = scan(path)
+    first = clips[0]
+    assert first["num_frames"] <= 45 and clips[-1]["num_frames"] <= 45  # nothing spans the black
+    assert first["start_pts"] == 0 and not first["vfr"] and first["fps"] == 25
+
+
+def test_uneven_frame_times_are_noticed(tmp_path):
+    path = str(tmp_path / "uneven.mkv")
+    with media.VideoWriter(path, 25, 256, 144, time_base=media.Fraction(1, 1000)) as writer:
+        for index, frame in enumerate(moving_picture(20)):
+            writer.write(frame, pts=index * 40 + (60 if index >= 10 else 0))
+    (clip,) = scan(path)
+    assert clip["vfr"] and clip["fps"] == pytest.approx(19 / 0.82, rel=0.01)
+
+
+def test_hashes_stay_when_a_picture_is_scaled_and_compressed(tmp_path):
+    picture = media.load_image(str(ROOT / "demo/media/coffee.jpg"))
+    Image.fromarray(picture).resize((300, 200)).save(tmp_path / "small.jpg", quality=40)
+    one, small, other = (
+        int(shots.scan_image(str(path), 2**26), 16)
+        for path in (ROOT / "demo/media/coffee.jpg", tmp_path / "small.jpg", ROOT / "demo/media/cat.jpg")
+    )
+    assert (one ^ small).bit_count() <= 3 < 12 < (one ^ other).bit_count()
+
+
+@pytest.mark.parametrize("job", ["ingest", "filter"])
+def test_help_documents_every_field(job):
+    text = subprocess.run(
+        [sys.executable, "-m", f"jobs.{job}", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    import dataclasses
+
+    from pipeline.filter import FilterConfig
+
+    for field in dataclasses.fields(IngestConfig if job == "ingest" else FilterConfig):
+        option = text.split(f"--{field.name}", 1)
+        assert len(option) == 2, field.name
+        described = option[1].split("\n  --", 1)[0]
+        assert len(described.split("(")[0].split()) > 4, f"{field.name} says too little: {described}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["--max_clip_framez", "9"], "max_clip_framez"),
+        (["--max_clip_frames", "many"], "max_clip_frames"),
+        (["--input", "relative/folder"], "input"),
+        (["--min_clip_frames", "500"], "min_clip_frames"),
+    ],
+)
+def test_a_wrong_config_stops_with_the_keys_name_before_ray_starts(arguments, key):
+    command = [sys.executable, "-m", "jobs.ingest", "--input", "/in", "--output", "/out", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and key in done.stderr and "Started a local Ray" not in done.stderr
