@@ -55,7 +55,7 @@ class FilterConfig:
     """set to true if `data` is file:// on a folder that every node mounts"""
 
     def __post_init__(self) -> None:
-        storage.check_url(self.data, "data")
+        object.__setattr__(self, "data", storage.check_url(self.data, "data"))
         unknown = sorted(set(self.thresholds) - set(technical.SCORES))
         if unknown:
             raise ValueError(
