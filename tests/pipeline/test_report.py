@@ -9,12 +9,12 @@ from urllib.parse import unquote
 import numpy as np
 import pyarrow as pa
 import pytest
-from tiny_models import save_vae
 
 from demo import results
 from pipeline import report_plots, schema, storage
 from pipeline.pairs import write_lossless
 from pipeline.report import metric_table, stage_table, training_tables
+from tests.pipeline.tiny_models import save_vae
 
 HOSTILE = "<img src=x onerror=alert(1)>_\"'&_0"
 FRAMES, HEIGHT, WIDTH = 6, 32, 48
