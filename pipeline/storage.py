@@ -166,6 +166,7 @@ def read_schema(url: str) -> pa.Schema:
 
 def parquet_files(url: str) -> list[str]:
     """The data files of a table's folder (names that start with '_' or '.' are not data), sorted."""
+    url = url if "://" in url else f"file://{url}"
     files = []
     for file, _, _ in list_files(url):
         inner = file.removeprefix(url).lstrip("/")
