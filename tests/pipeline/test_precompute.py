@@ -143,17 +143,19 @@ def test_samples_are_crops_that_fit_and_images_go_to_one_frame_buckets():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_killed_midway_and_run_again_gives_the_rows_of_an_undisturbed_run(tmp_path, vae_url):
     whole, killed = data_root(tmp_path / "whole"), data_root(tmp_path / "killed")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
 
     def start(data: str) -> subprocess.Popen:
         arguments = ["--config", "configs/demo/precompute.yaml", "--data", data, "--vae", vae_url]
-        size = ["--samples_per_shard=2", "--variants=3"]
+        small = [{"frames": frames, "height": 64, "width": 64} for frames in (1, 5)]
+        size = ["--samples_per_shard=2", "--variants=4", f"--buckets={json.dumps(small)}"]
         command = [sys.executable, "-m", "jobs.precompute", *arguments, *size]
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
 
-    assert start(whole).wait(timeout=300) == 0
+    assert start(whole).wait(timeout=500) == 0
     moments = np.random.default_rng(0).integers(1, 5, size=2)
     for wanted in np.cumsum(moments):
         process = start(killed)
@@ -164,7 +166,7 @@ def test_killed_midway_and_run_again_gives_the_rows_of_an_undisturbed_run(tmp_pa
             time.sleep(0.05)
         kill_tree(process)
     made_before = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*.parquet")}
-    assert start(killed).wait(timeout=300) == 0
+    assert start(killed).wait(timeout=500) == 0
     for name, modified in made_before.items():
         assert (folder / name).stat().st_mtime_ns == modified, "a finished shard was made again"
 

@@ -95,6 +95,7 @@ def plain_losses(config: train_dit.TrainDitConfig) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_two_workers_with_zero_2_give_the_losses_of_plain_torch(data, tmp_path):
     config = dit_config(data, tmp_path, workers=2)
     train_dit.run(config)
@@ -110,6 +111,7 @@ def test_two_workers_with_zero_2_give_the_losses_of_plain_torch(data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_killed_training_goes_on_from_its_last_checkpoint_with_equal_losses(data, tmp_path):
     config = dit_config(data, tmp_path / "whole")
     train_dit.run(config)
@@ -139,13 +141,14 @@ def test_killed_training_goes_on_from_its_last_checkpoint_with_equal_losses(data
     while not snapshot.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     kill_tree(process)
-    resumed, _ = start().communicate(timeout=300)
+    resumed, _ = start().communicate(timeout=600)
     assert "resumed at step" in resumed, resumed[-3000:]
     assert "resumed at step 0 " not in resumed
     torch.testing.assert_close(losses(output), losses(tmp_path / "whole"), rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_autoencoder_trains_on_videos_and_images_and_its_loss_falls(data, tmp_path):
     config = train_vae.TrainVaeConfig(
         data=data,
