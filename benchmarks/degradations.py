@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def load_clip(path: str, start_s: float) -> np.ndarray:
         for picture in container.decode(video=0):
             if (picture.time or 0.0) < start_s:
                 continue
-            frame = picture.to_ndarray(format="rgb24")
+            frame: np.ndarray = picture.to_ndarray(format="rgb24")
             scale = max(1.0, 720 / min(frame.shape[:2]))
             frame = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
             top, left = (frame.shape[0] - 720) // 2, (frame.shape[1] - 720) // 2
@@ -114,7 +114,7 @@ def measure_ours(clip_path: str, drawn_path: str) -> None:
 
 def shares_of(degradations: list[Degradation], clip: np.ndarray) -> dict[str, float]:
     """CPU seconds a clip of each operation."""
-    spent: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
     for degradation in degradations:
         frames = list(clip)
         if degradation.truth is not None:
@@ -129,7 +129,8 @@ def shares_of(degradations: list[Degradation], clip: np.ndarray) -> dict[str, fl
             else:
                 frames = [operation.apply(frame, index) for index, frame in enumerate(frames)]
             spent[name] += time.process_time() - start
-    return {name: seconds / len(degradations) for name, seconds in spent.most_common()}
+    most_first = sorted(spent.items(), key=lambda item: -item[1])
+    return {name: seconds / len(degradations) for name, seconds in most_first}
 
 
 def realesrgan(clip: np.ndarray, reference_python: str, count: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import json
 import resource
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def main(clip_path: str, drawn_path: str, out_path: str) -> None:
             seconds.append(time.process_time() - start)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         single = torch.from_numpy(pixels[:1]).permute(0, 3, 1, 2).contiguous().float() / 255
-        results = {}
+        results: dict[str, Any] = {}
         for index, packed in enumerate(drawn["single"]):
             sharpen = packed["operation"] == "UnsharpMask"
             done = USMSharp()(single) if sharpen else step(packed, single, jpeg)

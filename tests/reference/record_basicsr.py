@@ -7,6 +7,7 @@ JPEG, and moments of its noises over many draws.
 """
 
 import sys
+from typing import Any
 
 import numpy as np
 import skimage.data
@@ -69,7 +70,7 @@ def noise_moments(level: int, vals_image: np.ndarray) -> list[float]:
 def main(path: str) -> None:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    recorded = kernels(rng)
+    recorded: dict[str, Any] = dict(kernels(rng))
     image = picture()
     recorded["image"] = image
     recorded["sharpened"] = (usm_sharp(image.astype(np.float32) / 255) * 255).round().astype(np.uint8)

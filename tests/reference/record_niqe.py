@@ -16,7 +16,7 @@ import torchvision.transforms.functional
 
 # Modules that newer scipy and torchvision have moved.
 filters = types.ModuleType("scipy.ndimage.filters")
-filters.convolve = scipy.ndimage.convolve
+vars(filters)["convolve"] = scipy.ndimage.convolve
 sys.modules.setdefault("scipy.ndimage.filters", filters)
 sys.modules["torchvision.transforms.functional_tensor"] = torchvision.transforms.functional
 from basicsr.metrics.niqe import calculate_niqe  # noqa: E402
