@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import av
 import numpy as np
 
-from pipeline import media
+from pipeline import encoding, media
 
 
 def stamped_frames(path: str) -> Iterator[tuple[int, np.ndarray]]:
@@ -31,7 +31,7 @@ def copy_sound(
     target, copied = pictures, 0
     for ending in endings:
         target = f"{target_without_ending}.{ending}"
-        copied = media.copy_audio(source, pictures, target)
+        copied = encoding.copy_audio(source, pictures, target)
         if copied == wanted:
             break
     return target, copied, wanted - copied

@@ -78,7 +78,7 @@ def score_clip(clip: dict[str, Any], config: FilterConfig) -> dict[str, Any]:
     row = schema.empty_row(SCORES_SCHEMA, clip_id=clip["clip_id"])
     if clip["error"] is not None:
         return {**row, "error": clip["error"]}
-    sandbox = shared_sandbox(config.decode_seconds, 6 * 2**30)
+    sandbox = shared_sandbox(config.decode_seconds)
     try:
         with storage.local_copy(clip["uri"], tempfile.gettempdir()) as path:
             row |= sandbox.call(technical.measure_clip, clip, path, config.sampled_frames, config.niqe_frames)

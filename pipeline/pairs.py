@@ -19,8 +19,9 @@ import numpy as np
 import ray
 
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, draw, to_json
-from pipeline import media, schema, stage, storage
-from pipeline.sandbox import MediaError, Sandbox
+from pipeline import encoding, media, schema, stage, storage
+from pipeline.sandbox import MediaError
+from pipeline.sandbox import shared as shared_sandbox
 
 HQ, LQ, MANIFEST, RECORDS = "hq", "lq", "manifest.json", "_records"
 
@@ -125,7 +126,7 @@ def write_lossless(url: str, frames: np.ndarray, fps: float, is_image: bool) -> 
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "pair.mkv")
         _, height, width, _ = frames.shape
-        with media.VideoWriter(
+        with encoding.VideoWriter(
             path, Fraction(fps).limit_denominator(1001), width, height, lossless=True
         ) as out:
             for frame in frames:
@@ -140,14 +141,12 @@ def make_pair(row: dict[str, Any], config: PairsConfig) -> dict[str, Any]:
     if storage.exists(record_url):
         return storage.read_json(record_url)
     record = {"name": row["name"], "clip_id": row["clip_id"], "source": os.path.basename(row["uri"])}
-    sandbox = Sandbox(time_limit_s=config.decode_seconds)
+    sandbox = shared_sandbox(config.decode_seconds)
     try:
         with tempfile.TemporaryDirectory() as folder, storage.local_copy(row["uri"], folder) as path:
             frames, kind, fps = sandbox.call(read_middle, row, path, config.max_frames)
     except (MediaError, ValueError, OSError) as error:
         return {**record, "error": f"{row['uri']}: {error}"}
-    finally:
-        sandbox.close()
     hq = centre_crop(frames, config.max_height, config.max_width)
     seed = schema.stable_hash(config.seed, row["clip_id"])
     recipe = config.image_recipe if kind == "image" else config.video_recipe

@@ -22,7 +22,8 @@ from torch import Tensor
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, draw, to_json
 from model.vae.autoencoder import CausalVideoAutoencoder, posterior_noise
 from pipeline import bfloat16, media, sampling, schema, shards, stage, storage, text_stage, weights
-from pipeline.sandbox import MediaError, Sandbox
+from pipeline.sandbox import MediaError
+from pipeline.sandbox import shared as shared_sandbox
 
 _MEDIA_FIELDS = (
     "clip_id",
@@ -103,17 +104,6 @@ def read_crop(
     return np.ascontiguousarray(frames[:, top : top + height, left : left + width])
 
 
-_sandbox: Sandbox | None = None
-
-
-def _shared_sandbox(config: PrecomputeConfig) -> Sandbox:
-    """One decoding child for each worker process."""
-    global _sandbox
-    if _sandbox is None:
-        _sandbox = Sandbox(time_limit_s=config.decode_seconds)
-    return _sandbox
-
-
 def prepare_sample(planned: dict[str, Any], config: PrecomputeConfig) -> dict[str, Any]:
     """Decode, crop and degrade one planned sample: {hq, lq, degradation} or {error}."""
     clip, (first, top, left) = planned["clip"], planned["crop"]
@@ -124,7 +114,8 @@ def prepare_sample(planned: dict[str, Any], config: PrecomputeConfig) -> dict[st
         ):
             count = planned["num_frames"]
             window = (top, left, planned["height"], planned["width"])
-            frames = _shared_sandbox(config).call(read_crop, clip, path, first, count, window)
+            sandbox = shared_sandbox(config.decode_seconds)
+            frames = sandbox.call(read_crop, clip, path, first, count, window)
         return degrade(frames, clip, config, planned["seed"])
     except (MediaError, ValueError, OSError) as error:
         return {"error": f"{type(error).__name__}: {clip['uri']}: {error}"}

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load as from_safetensors
 
-from pipeline import container, media, schema, stage, storage, weights
+from pipeline import container, encoding, media, schema, stage, storage, weights
 from pipeline.restorer import STEPS_OF_WORK, Prompt, Restorer, Sampling
 from pipeline.sandbox import Sandbox
 
@@ -254,7 +254,7 @@ def restore_pictures(
             yield frame
 
     count = 0
-    with media.VideoWriter(
+    with encoding.VideoWriter(
         target,
         about.fps,
         size[1],

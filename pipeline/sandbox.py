@@ -179,7 +179,7 @@ def _death(child: subprocess.Popen[bytes]) -> str:
 
 
 @functools.cache
-def shared(time_limit_s: float, memory_limit_bytes: int) -> Sandbox:
+def shared(time_limit_s: float, memory_limit_bytes: int = 6 * 2**30) -> Sandbox:
     """This process's sandbox with these limits: a worker keeps one child for all its tasks."""
     return Sandbox(time_limit_s, memory_limit_bytes)
 

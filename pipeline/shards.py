@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import schema, storage
 
@@ -112,13 +111,6 @@ def write_shard(folder_url: str, shard: Shard, rows: list[dict[str, Any]], table
     tables = row_groups(rows, table_schema)
     storage.write_table(url, tables, table_schema)
     return sum(table.nbytes for table in tables)
-
-
-def count_row_groups(url: str) -> list[int]:
-    """Rows in each row group of a Parquet file."""
-    with storage.open_input(url) as file:
-        metadata = pq.ParquetFile(file).metadata
-        return [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
 
 
 @dataclasses.dataclass

@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,9 +180,3 @@ def read_folder(url: str, columns: list[str] | None = None) -> pa.Table | None:
     if not tables:
         return None
     return pa.concat_tables([table.replace_schema_metadata() for table in tables])
-
-
-def remove_local(url: str) -> None:
-    """Remove a local folder if it is there. Only ever called on folders that a stage itself rebuilds."""
-    assert url.startswith("file://")
-    shutil.rmtree(path_of(url), ignore_errors=True)

@@ -185,7 +185,7 @@ class Run:
         self.average = training.MovingAverage(model.to(self.device), config.optimiser.ema_decay)
         self.engine = training.make_engine(model, config.scale, config.optimiser, accumulation)
         self.dtype = next(self.engine.module.parameters()).dtype
-        self.state: dict[str, Any] = {
+        fresh: dict[str, Any] = {
             "step": 0,
             "stage": 0,
             "stage_step": 0,
@@ -193,11 +193,7 @@ class Run:
             "history": [],
             "held_out": [],
         }
-        loaded = training.load_checkpoint({NAME: self.engine}, {NAME: self.average})
-        if loaded is not None:
-            self.state = loaded
-            if training.rank() == 0:
-                print(f"resumed at step {loaded['step']} of {config.total_steps}", flush=True)
+        self.state = training.resumed({NAME: self.engine}, {NAME: self.average}, fresh)
         self.log = training.Log(config.output, NAME, config.total_steps, self.state["history"])
 
     def train(self) -> None:
@@ -207,7 +203,7 @@ class Run:
 
     def train_stage(self, config: StageConfig) -> None:
         held_out = held_out_set(self.reader, rows_of(self.index, config, "held_out"), self.config, config)
-        if self.state["stage_step"] == 0 and len(self.state["held_out"]) == self.state["stage"]:
+        if len(self.state["held_out"]) == self.state["stage"]:
             before = self.measure(held_out)
             self.state["held_out"].append(
                 {
@@ -252,9 +248,10 @@ class Run:
             # Engines average over packs; so the mean over the step's samples is n K / N of each pack's mean.
             self.engine.backward(losses.sum() * (self.config.packs_per_step / step.samples))
             self.engine.step()
-            summed += torch.tensor([float(losses.detach().sum()), len(batch.video) / schema.PATCH**2])
+            tokens = torch.full((), len(batch.video) / schema.PATCH**2, device=self.device)
+            summed += torch.stack([losses.detach().sum(), tokens])
         self.average.update(self.engine.module, self.state["step"])
-        loss, tokens = training.all_reduced(summed).tolist()
+        loss, token_count = training.all_reduced(summed).tolist()
         seconds = time.monotonic() - start
         self.log.step(
             self.state["step"],
@@ -262,7 +259,7 @@ class Run:
             {
                 "loss": loss / step.samples,
                 "seconds": seconds,
-                "tokens_per_second": tokens / seconds,
+                "tokens_per_second": token_count / seconds,
                 "learning_rate": rate,
                 "samples": step.samples,
                 "wait_share": waited_s / seconds,

@@ -222,12 +222,8 @@ class Run:
         self.average = training.MovingAverage(model, config.optimiser.ema_decay)
         self.engine = training.make_engine(model, config.scale, config.optimiser, accumulation=1)
         self.dtype = next(self.engine.module.parameters()).dtype
-        self.state: dict[str, Any] = {"step": 0, "stage": 0, "stage_step": 0, "history": [], "held_out": []}
-        loaded = training.load_checkpoint({NAME: self.engine}, {NAME: self.average})
-        if loaded is not None:
-            self.state = loaded
-            if training.rank() == 0:
-                print(f"resumed at step {loaded['step']} of {config.total_steps}", flush=True)
+        fresh: dict[str, Any] = {"step": 0, "stage": 0, "stage_step": 0, "history": [], "held_out": []}
+        self.state = training.resumed({NAME: self.engine}, {NAME: self.average}, fresh)
         self.log = training.Log(config.output, NAME, config.total_steps, self.state["history"])
 
     def train(self) -> None:
@@ -313,7 +309,8 @@ class Run:
     @torch.no_grad()
     def measure(self, crops: list[np.ndarray]) -> float:
         """Mean L1 (in [-1, 1] units) of the moving average's reconstruction from the posterior's mode."""
-        average = self.average.gathered(self.engine.module)
+        whole = self.average.gathered(self.engine.module)
+        average = {name: tensor.to(self.dtype) for name, tensor in whole.items()}
         total = torch.zeros(1, device=self.device)
         for crop in crops[training.rank() :: training.world_size()]:
             video = precompute.to_network(crop, self.device).to(self.dtype)

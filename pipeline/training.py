@@ -28,6 +28,7 @@ from pipeline import schema, stage, storage
 
 CHECKPOINTS, WEIGHTS, HISTORY = "checkpoints", "weights", "history.json"
 _STATE = "state.json"
+_CHECKPOINTS_KEPT = 2
 T = TypeVar("T")
 
 
@@ -69,7 +70,6 @@ def start_trainer(
     scale: ScaleConfig,
     storage_url: str,
     name: str,
-    keep: int = 2,
 ) -> Any:
     """Run a training loop on `scale.num_workers` workers until it ends; returns Ray Train's result."""
     # Ray Train would print each line a second time.
@@ -90,7 +90,7 @@ def start_trainer(
             storage_path=storage.path_of(storage.join(storage_url, CHECKPOINTS)),
             storage_filesystem=None if local else storage.arrow_filesystem(storage_url),
             failure_config=FailureConfig(max_failures=scale.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=keep),
+            checkpoint_config=CheckpointConfig(num_to_keep=_CHECKPOINTS_KEPT),
         ),
     )
     return trainer.fit()
@@ -115,13 +115,12 @@ def make_engine(
     scale: ScaleConfig,
     optimiser: OptimiserConfig,
     accumulation: int,
-    parameters: Iterable[nn.Parameter] | None = None,
 ) -> Any:
     """A DeepSpeed engine with AdamW. Losses are averaged over ranks and `accumulation` micro-steps."""
     import deepspeed
 
     adam = torch.optim.AdamW(
-        list(parameters if parameters is not None else model.parameters()),
+        model.parameters(),
         lr=0.0,  # set_learning_rate before each step
         betas=optimiser.betas,
         weight_decay=optimiser.weight_decay,
@@ -275,13 +274,13 @@ def save_checkpoint(
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def load_checkpoint(
-    engines: Mapping[str, Any], averages: Mapping[str, MovingAverage]
-) -> dict[str, Any] | None:
-    """Load the run's newest checkpoint into the engines and averages; returns the loop's state, or None."""
+def resumed(
+    engines: Mapping[str, Any], averages: Mapping[str, MovingAverage], fresh: dict[str, Any]
+) -> dict[str, Any]:
+    """The loop's state of the run's newest checkpoint, its engines and averages loaded; else `fresh`."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return None
+        return fresh
     with checkpoint.as_directory() as folder:
         state = json.loads(Path(folder, _STATE).read_text())
         if state["world_size"] != world_size():
@@ -296,6 +295,8 @@ def load_checkpoint(
             for part in sorted(Path(folder).glob(f"{name}.ema.*.pt")):
                 whole |= torch.load(part, weights_only=True)
             average.load(whole)
+    if rank() == 0:
+        print(f"resumed at step {state['step']} of this run", flush=True)
     return state
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import evaluate, evaluate_tables, media, storage
+from pipeline import encoding, evaluate, evaluate_tables, media, storage
 from pipeline.evaluate import CEILING, METRICS, EvaluateConfig
 from pipeline.scores import full_reference
 from tests.pipeline import tiny_models
@@ -18,7 +18,7 @@ MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
 def save(path: Path, frames: list[np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width = frames[0].shape[:2]
-    with media.VideoWriter(str(path), Fraction(25), width, height, lossless=True) as out:
+    with encoding.VideoWriter(str(path), Fraction(25), width, height, lossless=True) as out:
         for frame in frames:
             out.write(frame)
 

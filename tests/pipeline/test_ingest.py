@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import ingest, media, schema, shots, storage
+from pipeline import encoding, ingest, media, schema, shots, storage
 from pipeline.ingest import IngestConfig
 from tests.pipeline.test_media import encode, moving_picture
 
@@ -23,7 +23,7 @@ def odd_files(folder: Path) -> dict[str, str]:
     encode(folder / "ten_bit.mkv", "libx265", "yuv420p10le", {"x265-params": "log-level=none"})
     turn = {"prepare": lambda stream: stream.set_display_rotation(90), "frames": moving_picture(12)}
     encode(folder / "turned.mp4", "libx264", "yuv420p", {}, **turn)
-    with media.VideoWriter(str(folder / "odd_size.mp4"), 25, 641, 273) as writer:
+    with encoding.VideoWriter(str(folder / "odd_size.mp4"), 25, 641, 273) as writer:
         for frame in moving_picture(10, 273, 641):
             writer.write(frame)
     stream = Path(encode(folder / "cut_stream.ts", "mpeg2video", "yuv420p", {"g": "6"}))
@@ -131,7 +131,7 @@ def test_shots_are_cut_where_the_picture_changes_and_to_length(tmp_path):
 
 def test_uneven_frame_times_are_noticed(tmp_path):
     path = str(tmp_path / "uneven.mkv")
-    with media.VideoWriter(path, 25, 256, 144, time_base=media.Fraction(1, 1000)) as writer:
+    with encoding.VideoWriter(path, 25, 256, 144, time_base=media.Fraction(1, 1000)) as writer:
         for index, frame in enumerate(moving_picture(20)):
             writer.write(frame, pts=index * 40 + (60 if index >= 10 else 0))
     (clip,) = scan(path)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import media
+from pipeline import encoding, media
 
 TRAILER = str(Path(__file__).parents[2] / "demo/media/trailer_bbb.mp4")
 
@@ -126,7 +126,7 @@ def test_written_videos_keep_size_count_and_pixels(size, tmp_path):
     frames = moving_picture(7, height, width)
     for name, lossless in (("lossless.mkv", True), ("small.mp4", False)):
         path = str(tmp_path / name)
-        with media.VideoWriter(path, Fraction(30000, 1001), width, height, lossless=lossless) as writer:
+        with encoding.VideoWriter(path, Fraction(30000, 1001), width, height, lossless=lossless) as writer:
             for frame in frames:
                 writer.write(frame)
         back = list(media.decode_frames(path))
@@ -135,17 +135,17 @@ def test_written_videos_keep_size_count_and_pixels(size, tmp_path):
             assert difference(one, other) == 0 if lossless else difference(one, other) < 4
     with (
         pytest.raises(ValueError, match="64x48 in a video of 66x48"),
-        media.VideoWriter(str(tmp_path / "x.mp4"), 25, 66, 48) as writer,
+        encoding.VideoWriter(str(tmp_path / "x.mp4"), 25, 66, 48) as writer,
     ):
         writer.write(np.zeros((48, 64, 3), np.uint8))
 
 
 def test_sound_is_copied_packet_by_packet(tmp_path):
     silent, target = str(tmp_path / "silent.mp4"), str(tmp_path / "sound.mp4")
-    with media.VideoWriter(silent, 24, 64, 48) as writer:
+    with encoding.VideoWriter(silent, 24, 64, 48) as writer:
         for frame in moving_picture(20, 48, 64):
             writer.write(frame)
-    assert media.copy_audio(TRAILER, silent, target) == 1
+    assert encoding.copy_audio(TRAILER, silent, target) == 1
     with av.open(TRAILER) as one, av.open(target) as other:
         pairs = itertools.islice(zip(one.demux(audio=0), other.demux(audio=0), strict=False), 200)
         assert all(bytes(a) == bytes(b) for a, b in pairs)

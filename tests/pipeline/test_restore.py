@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import media, restore, storage, weights
+from pipeline import encoding, media, restore, storage, weights
 from pipeline.container import stamped_frames
 from pipeline.restore import RestoreConfig, Restorer, Sampling
 from pipeline.restorer import Prompt
@@ -169,7 +169,7 @@ def test_wrong_settings_name_their_key(wrong: dict, message: str):
 
 def make_video(path: Path, frames: list[np.ndarray], stamps: list[int] | None = None) -> None:
     height, width = frames[0].shape[:2]
-    with media.VideoWriter(
+    with encoding.VideoWriter(
         str(path), Fraction(24000, 1001), width, height, time_base=Fraction(1, 24000)
     ) as out:
         for index, frame in enumerate(frames):
