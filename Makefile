@@ -2,7 +2,7 @@
 .ONESHELL:
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: check-machine setup test test-all lint demo reference clean
+.PHONY: check-machine setup test test-all lint demo table reference clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -41,13 +41,19 @@ test-all: lint
 demo: setup
 	$(BIN)/python -m demo.run $(if $(SHORT),--short)
 
-# basicsr, pyiqa and lpips, which the tests' recorded arrays come from; nothing else here imports them.
+# The small shipped models on held-out clips, beside filters without weights.
+table: setup
+	$(BIN)/python -m demo.table
+
+# basicsr, pyiqa, lpips and others that the tests' recorded arrays come from, and spandrel for Real-ESRGAN;
+# nothing else here imports them.
 reference: check-machine
 	$(PYTHON) -m venv .reference
 	.reference/bin/python -m pip install --quiet --upgrade pip 'setuptools<81' wheel cython
 	.reference/bin/python -m pip install --quiet -c constraints.txt torch torchvision numpy opencv-python-headless
 	.reference/bin/python -m pip install --quiet --no-build-isolation basicsr==1.4.2
-	.reference/bin/python -m pip install --quiet pyiqa lpips
+	.reference/bin/python -m pip install --quiet -c constraints.txt av pillow
+	.reference/bin/python -m pip install --quiet pyiqa lpips DISTS_pytorch spandrel
 
 clean:
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache .hypothesis

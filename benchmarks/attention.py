@@ -1,13 +1,15 @@
 """What window attention saves: one Swin-MMDiT layer at the paper's width against its alternatives.
 
     python -m benchmarks.attention                  (about 10 minutes on 2 cores; nothing else should run)
-    python -m benchmarks.attention --only vs_full   (or vs_masked_swin, peak_share, table3)
+    python -m benchmarks.attention --only vs_full   (or vs_masked_swin, vs_flex, peak_share, table3)
 
 fp32 on the CPU, latents of 21 frames at 720p (6 x 90 x 160, so 21,600 tokens), 154 text tokens. Prints tables
 and writes out/bench/attention.json:
 
 vs_full             2 x (a layer of full attention) / (a regular + a shifted layer), by time; also counted
 vs_masked_swin      the same windows by padding, cyclic shift and mask / ours, mean of regular and shifted
+vs_flex             the same windows by torch's compiled flex_attention with a block mask / ours, likewise
+                    (compiling, a minute, is not counted)
 peak_share_forward  operations per second of the two layers / those of the matrix products timed beside them
 peak_share_train    the same, forward and backward
 table3              seconds by window size, beside the paper's table 3; and of a layer that repeats the text
@@ -16,28 +18,33 @@ table3              seconds by window size, beside the paper's table 3; and of a
 """
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
-import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from benchmarks.memory import reset_peak, status_bytes
 from model.attention import window_attention
-from model.packing import LayerWindows, PackingPlan, packing_plan
+from model.operations import linear_per_token
+from model.operations import window_attention as window_attention_operations
+from model.packing import LayerWindows, packing_plan
 from model.rotary import rotate, window_rotation
 from model.swin_mmdit import SD3_MEDIUM, Block, Stream, feed_forward, gated_residual, modulated_norm
 from model.windows import Grid, WindowSize, fixed_windows
 
 OUT = Path("out/bench/attention.json")
+LIBC, M_MMAP_THRESHOLD = ctypes.CDLL(None), -3
 GRID: Grid = (6, 45, 80)
 """Patch tokens of 21 frames at 720p."""
 OTHER_GRIDS: dict[str, Grid] = {"1080p, 21 frames": (6, 68, 120), "720p, 81 frames": (21, 45, 80)}
@@ -59,9 +66,9 @@ def operations(lengths: list[int], text: int, text_copies: int = 1) -> float:
 
     lengths: tokens per window; text_copies: how often the text goes through projections and MLP.
     """
-    tokens = sum(lengths)
-    linear = 24 * WIDTH**2 * (tokens + text * text_copies)
-    return linear + sum(4 * WIDTH * (n + text) ** 2 for n in lengths)
+    video, per_text_token = linear_per_token(SD3_MEDIUM, layer=0)
+    linear = video * sum(lengths) + per_text_token * text * text_copies
+    return linear + sum(window_attention_operations(WIDTH, tuple(Counter(lengths).items()), text))
 
 
 def window_lengths(grid: Grid, window: WindowSize, shifted: bool) -> list[int]:
@@ -90,8 +97,7 @@ class Layer:
         for parameter in self.block.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         layer = LayerWindows(fixed_windows, window, shifted)
-        self.plan: PackingPlan = packing_plan((layer,), [grid], [text], torch.device("cpu"))
-        self.layout = self.plan.layouts[0]
+        self.layout = packing_plan((layer,), [grid], [text], torch.device("cpu")).layouts[0]
         self.rotation = window_rotation(self.layout, HEAD_DIM)
         self.x = torch.randn(grid[0] * grid[1] * grid[2], WIDTH)
         self.x_in_windows = self.x[self.layout.to_windows]
@@ -108,26 +114,25 @@ class Layer:
         (x.sum() + c.sum()).backward()
 
     def _forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        return self.block(x, c, self.conditioning, self.layout, self.plan, self.rotation)
+        return self.block(x, c, self.conditioning, self.layout, self.rotation)
 
     def _with_attention(
         self, attend: Callable[..., tuple[Tensor, Tensor]], x: Tensor, c: Tensor, rotation: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The block with another attention: attend(video q, k, v, text q, k, v) -> both results."""
-        block, sample, text_stream = self.block, self.plan.sample_of_token, self.block.text
+        block, text_stream, tokens, text_tokens = self.block, self.block.text, [len(x)], [len(c)]
         assert isinstance(text_stream, Stream)
         shift, scale, gate, *mlp = block.video.modulation(self.conditioning).chunk(6, dim=-1)
         text_shift, text_scale, text_gate, *text_mlp = text_stream.modulation(self.conditioning).chunk(
             6, dim=-1
         )
-        q, k, v = block._heads(block.video.qkv(modulated_norm(x, shift, scale, sample)))
-        text = block._heads(text_stream.qkv(modulated_norm(c, text_shift, text_scale, sample)))
+        q, k, v = block._heads(block.video.qkv(modulated_norm(x, shift, scale, tokens)))
+        text = block._heads(text_stream.qkv(modulated_norm(c, text_shift, text_scale, text_tokens)))
         attended, text_attended = attend(rotate(q, rotation), rotate(k, rotation), v, *text)
-        c = gated_residual(c, text_gate, text_stream.out(text_attended.flatten(1)), sample)
-        x = gated_residual(x, gate, block.video.out(attended.flatten(1)), sample)
-        return feed_forward(block.video.mlp, x, mlp, sample), feed_forward(
-            text_stream.mlp, c, text_mlp, sample
-        )
+        c = gated_residual(c, text_gate, text_stream.out(text_attended.flatten(1)), text_tokens)
+        x = gated_residual(x, gate, block.video.out(attended.flatten(1)), tokens)
+        x = feed_forward(block.video.mlp, x, mlp, tokens)
+        return x, feed_forward(text_stream.mlp, c, text_mlp, text_tokens)
 
     def masked_swin(self, masks: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Swin's way to the same windows: pad to whole windows, shift cyclically, mask. Packed order.
@@ -140,6 +145,12 @@ class Layer:
             self.x,
             self.c,
             self.rotation[self.layout.to_packed],
+        )
+
+    def flex(self, mask: BlockMask) -> tuple[Tensor, Tensor]:
+        """Our windows through flex_attention, one call for video and text. Window order."""
+        return self._with_attention(
+            lambda *qkv: flex_window_attention(self, mask, *qkv), self.x_in_windows, self.c, self.rotation
         )
 
     def literal(self) -> tuple[Tensor, Tensor]:
@@ -225,49 +236,74 @@ def masked_window_attention(layer: Layer, masks: list[Tensor], *qkv: Tensor) -> 
     return out_of_windows(layer, torch.stack(results)), text_mean
 
 
+# --- flex_attention ---
+
+compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
+
+
+def flex_mask(layer: Layer) -> BlockMask:
+    """Queries: the video in window order, then the text once per window. Keys: the video, then the text."""
+    windows = torch.arange(layer.layout.windows_per_sample[0])
+    video = windows.repeat_interleave(torch.tensor(layer.layout.window_lengths))
+    queries = torch.cat([video, windows.repeat_interleave(layer.text_tokens)])
+    keys = torch.cat([video, torch.full((layer.text_tokens,), -1)])
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (keys[key] < 0) | (queries[query] == keys[key])
+
+    return create_block_mask(sees, None, None, len(queries), len(keys), device="cpu")
+
+
+def flex_window_attention(layer: Layer, mask: BlockMask, *qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """What `model.attention.window_attention` computes."""
+    q, k, v, tq, tk, tv = qkv
+    windows = layer.layout.windows_per_sample[0]
+    packed = (torch.cat([q, tq.repeat(windows, 1, 1)]), torch.cat([k, tk]), torch.cat([v, tv]))
+    out = compiled_flex_attention(*(x.transpose(0, 1)[None] for x in packed), block_mask=mask)
+    video, text = out[0].transpose(0, 1).split([len(q), windows * len(tq)])
+    return video, text.unflatten(0, (windows, -1)).mean(0)
+
+
 # --- measuring ---
 
 
 def measure(call: Callable[[], Any], repeats: int = 1) -> tuple[float, float]:
-    """(best seconds, peak GiB above what was there before)."""
-    process, best, peak = psutil.Process(), float("inf"), 0
+    """(best seconds, peak GiB above what was there before).
+
+    The peak is the kernel's own count, reset before each call. glibc keeps freed blocks below a limit that
+    grows up to 32 MiB, which blurs the peak by some percent: with 1 MiB fixed it is that of the tensors.
+    """
+    LIBC.mallopt(M_MMAP_THRESHOLD, 2**20)
+    best, peak = float("inf"), 0.0
     for _ in range(repeats):
-        before, done = process.memory_info().rss, threading.Event()
-        seen = [before]
-
-        def watch(seen: list[int] = seen, done: threading.Event = done) -> None:
-            while not done.wait(0.01):
-                seen.append(process.memory_info().rss)
-
-        thread = threading.Thread(target=watch)
-        thread.start()
-        start = time.perf_counter()
+        LIBC.malloc_trim(0)
+        before, start = reset_peak(), time.perf_counter()
         call()
         best = min(best, time.perf_counter() - start)
-        done.set()
-        thread.join()
-        peak = max(peak, max(seen) - before)
-    return best, peak / 2**30
+        peak = max(peak, (status_bytes("VmHWM") - before) / 2**30)
+    return best, peak
 
 
-def product_rate() -> float:
-    """Operations per second of this layer's largest matrix products, fp32, now (2 seconds)."""
+def product_rate(width: int, hidden: int) -> float:
+    """Operations per second of a layer's largest matrix products, its MLP's, fp32, now (some seconds)."""
     rows = 4096
     pairs = [
         (torch.randn(rows, inner), torch.randn(columns, inner))
-        for inner, columns in ((WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH))
+        for inner, columns in ((width, hidden), (hidden, width))
     ]
     seconds = min(measure(lambda: [F.linear(a, b) for a, b in pairs])[0] for _ in range(2))
-    return 2 * 2 * rows * WIDTH * 4 * WIDTH / seconds
+    return 2 * 2 * rows * width * hidden / seconds
 
 
-def share_of_product_rate(call: Callable[[], Any], counted: float, repeats: int) -> tuple[float, list[float]]:
+def share_of_product_rate(
+    call: Callable[[], Any], counted: float, repeats: int, width: int = WIDTH, hidden: int = 4 * WIDTH
+) -> tuple[float, list[float]]:
     """(median share, product rates). A shared machine's speed changes by the minute: each run is set against
     the products just before and just after it, not against the best minute's."""
-    shares, rates = [], [product_rate()]
+    shares, rates = [], [product_rate(width, hidden)]
     for _ in range(repeats):
         seconds, _ = measure(call)
-        rates.append(product_rate())
+        rates.append(product_rate(width, hidden))
         shares.append(counted / seconds / ((rates[-1] + rates[-2]) / 2))
     return statistics.median(shares), rates
 
@@ -304,7 +340,7 @@ def vs_masked_swin() -> dict[str, Any]:
             ours, ours_gib = measure(layer.ours, 2)
             theirs, theirs_gib = measure(lambda layer=layer, masks=masks: layer.masked_swin(masks))  # type: ignore[misc]
         padded = len(masks) * 4 * WIDTH * (masks[0].shape[0] + TEXT) ** 2
-        linear = 24 * WIDTH**2 * (len(layer.x) + TEXT)
+        linear = linear_per_token(SD3_MEDIUM, layer=0)[0] * (len(layer.x) + TEXT)
         ratios.append(theirs / ours)
         result["vs_masked_swin_layers"][name] = {
             "seconds": ours, "masked_seconds": theirs, "gib": ours_gib, "masked_gib": theirs_gib,
@@ -312,6 +348,27 @@ def vs_masked_swin() -> dict[str, Any]:
         }  # fmt: skip
         print(f"(b) {name}: {rounded(result['vs_masked_swin_layers'][name])}")
     return {"vs_masked_swin": sum(ratios) / 2, **result}
+
+
+def vs_flex() -> dict[str, Any]:
+    """(c) The same windows by flex_attention."""
+    result: dict[str, Any] = {"vs_flex_layers": {}}
+    for name, shifted in (("regular", False), ("shifted", True)):
+        layer = Layer(GRID, WINDOW, shifted)
+        mask = flex_mask(layer)
+        with torch.no_grad():
+            ours, ours_gib = measure(layer.ours, 2)
+            compiling, _ = measure(lambda layer=layer, mask=mask: layer.flex(mask))  # type: ignore[misc]
+            for a, b in zip(layer.flex(mask), layer.ours(), strict=True):
+                assert torch.allclose(a, b, atol=1e-3), "flex_attention's windows are not ours"
+            theirs, theirs_gib = measure(lambda layer=layer, mask=mask: layer.flex(mask), 2)  # type: ignore[misc]
+        result["vs_flex_layers"][name] = {
+            "seconds": ours, "flex_seconds": theirs, "gib": ours_gib, "flex_gib": theirs_gib,
+            "ratio": theirs / ours, "first_call_seconds": compiling,
+        }  # fmt: skip
+        print(f"(c) {name}: {rounded(result['vs_flex_layers'][name])}")
+    ratios = [layer["ratio"] for layer in result["vs_flex_layers"].values()]
+    return {"vs_flex": statistics.mean(ratios), **result}
 
 
 def check_equal(layer: Layer, masks: list[Tensor]) -> None:
@@ -381,7 +438,10 @@ def rounded(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parts = {"vs_full": vs_full, "vs_masked_swin": vs_masked_swin, "peak_share": peak_share, "table3": table3}
+    parts = {
+        "vs_full": vs_full, "vs_masked_swin": vs_masked_swin, "vs_flex": vs_flex, "peak_share": peak_share,
+        "table3": table3,
+    }  # fmt: skip
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", choices=parts, help="one part; the others keep their last recorded numbers")
     only = parser.parse_args().only

@@ -1,6 +1,6 @@
 """How fast the degradations are, against the same chain through basicsr's own functions.
 
-    python -m benchmarks.degradations --reference-python out/reference/bin/python
+    python -m benchmarks.degradations --reference-python .reference/bin/python
 
 21 frames of 720x720, one thread, the same drawn parameters on both sides (one value for all frames,
 as basicsr's batched functions take them), CPU seconds, each side in a process of its own. Both sides
@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ import cv2
 import matplotlib
 import numpy as np
 
+from benchmarks.memory import status_bytes
 from degradations.config import REALBASICVSR, REALESRGAN
 from degradations.kernels import KernelKind
 from degradations.operations import Blur, Jpeg, Resize, UnsharpMask, VideoCodec
@@ -36,7 +36,6 @@ from degradations.recipe import Degradation, apply, draw, from_json, to_json
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-HERE = Path(__file__).parent
 SHAPE = (21, 720, 720)
 FPS = 24.0
 KINDS: tuple[KernelKind, ...] = (
@@ -102,14 +101,12 @@ def measure_ours(clip_path: str, drawn_path: str) -> None:
     clip = np.load(clip_path)
     drawn = json.loads(Path(drawn_path).read_text())
     degradations = [from_json(json.dumps(one)) for one in drawn["chains"]]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     for degradation in degradations:
         start = time.process_time()
         apply(degradation, clip)
         seconds.append(time.process_time() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "peak_kb": peak, "before_kb": before}))
+    print(json.dumps({"seconds": seconds, "peak_bytes": status_bytes("VmHWM")}))
 
 
 def shares_of(degradations: list[Degradation], clip: np.ndarray) -> dict[str, float]:
@@ -149,10 +146,9 @@ def realesrgan(clip: np.ndarray, reference_python: str, count: int) -> dict[str,
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "benchmarks.degradations", "--worker", clip_path, drawn_path]
         ours = json.loads(subprocess.run(command, check=True, env=environment, capture_output=True).stdout)
-        script = str(HERE / "degradations_reference.py")
-        subprocess.run(
-            [reference_python, script, clip_path, drawn_path, out_path], check=True, env=environment
-        )
+        script = "benchmarks.degradations_reference"
+        command = [reference_python, "-m", script, clip_path, drawn_path, out_path]
+        subprocess.run(command, check=True, env=environment)
         with np.load(out_path) as arrays:
             theirs = json.loads(str(arrays["report"]))
             differences = {}
@@ -168,11 +164,11 @@ def realesrgan(clip: np.ndarray, reference_python: str, count: int) -> dict[str,
                 differences[describe(operation)] = round(float(difference), 3)
     return {
         "realesrgan_ratio": sum(theirs["seconds"]) / sum(ours["seconds"]),
-        "realesrgan_memory_ratio": ours["peak_kb"] / theirs["peak_kb"],
+        "realesrgan_memory_ratio": ours["peak_bytes"] / theirs["peak_bytes"],
         "realesrgan_clips": count,
         "realesrgan_cpu_s_a_clip": {"ours": np.mean(ours["seconds"]), "basicsr": np.mean(theirs["seconds"])},
         "realesrgan_cpu_s_of_each": {"ours": ours["seconds"], "basicsr": theirs["seconds"]},
-        "realesrgan_peak_mib": {"ours": ours["peak_kb"] / 1024, "basicsr": theirs["peak_kb"] / 1024},
+        "realesrgan_peak_mib": {"ours": ours["peak_bytes"] / 2**20, "basicsr": theirs["peak_bytes"] / 2**20},
         "realesrgan_shares_s": {
             "ours": shares_of(drawn, clip),
             "basicsr": {name: seconds / count for name, seconds in theirs["shares"].items()},
@@ -213,7 +209,7 @@ def plot_rates(rates: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--reference-python", default="out/reference/bin/python")
+    parser.add_argument("--reference-python", default=".reference/bin/python", help="of `make reference`")
     parser.add_argument("--clip", default="demo/media/trailer_bbb.mp4", help="any video")
     parser.add_argument("--start-s", type=float, default=30.0)
     parser.add_argument("--clips", type=int, default=20, help="degradations to draw, of each recipe")

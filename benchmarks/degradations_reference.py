@@ -1,12 +1,12 @@
 """The Real-ESRGAN chain through basicsr's own functions: the other side of benchmarks/degradations.py.
 
-Runs in the reference environment (basicsr 1.4.2, torch), alone: `python degradations_reference.py
-CLIP.npy DRAWN.json OUT.npz`. Takes the parameters as this project's JSON, one value for all frames, and
-gives per operation the CPU seconds, and the result of each deterministic operation on its own input.
+Runs in the reference environment (basicsr 1.4.2, torch), alone: `python -m
+benchmarks.degradations_reference CLIP.npy DRAWN.json OUT.npz`. Takes the parameters as this project's JSON,
+one value for all frames, and gives per operation the CPU seconds, and the result of each deterministic one on
+its own input.
 """
 
 import json
-import resource
 import sys
 import time
 from typing import Any
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional
+
+from benchmarks.memory import status_bytes
 
 sys.modules["torchvision.transforms.functional_tensor"] = torchvision.transforms.functional
 from basicsr.data import degradations as basicsr  # noqa: E402
@@ -68,7 +70,6 @@ def main(clip_path: str, drawn_path: str, out_path: str) -> None:
     with open(drawn_path) as file:
         drawn = json.load(file)
     jpeg = DiffJPEG(differentiable=False)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds: list[float] = []
     shares: dict[str, float] = {}
     with torch.no_grad():
@@ -83,14 +84,14 @@ def main(clip_path: str, drawn_path: str, out_path: str) -> None:
             clip = torch.clamp((clip * 255).round(), 0, 255).to(torch.uint8).permute(0, 2, 3, 1)
             clip.contiguous().numpy()
             seconds.append(time.process_time() - start)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = status_bytes("VmHWM")
         single = torch.from_numpy(pixels[:1]).permute(0, 3, 1, 2).contiguous().float() / 255
         results: dict[str, Any] = {}
         for index, packed in enumerate(drawn["single"]):
             sharpen = packed["operation"] == "UnsharpMask"
             done = USMSharp()(single) if sharpen else step(packed, single, jpeg)
             results[f"r{index}"] = done[0].clamp(0, 1).permute(1, 2, 0).numpy() * 255
-    report = {"seconds": seconds, "shares": shares, "peak_kb": peak, "before_kb": before}
+    report = {"seconds": seconds, "shares": shares, "peak_bytes": peak}
     np.savez(out_path, report=json.dumps(report), **results)
 
 

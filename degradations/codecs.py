@@ -6,7 +6,8 @@ bytes depend on the frames and the parameters alone, and no muxer drops frames.
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import av
 import av.error
@@ -39,6 +40,9 @@ _OPTIONS: dict[str, dict[str, str]] = {
 # clip comes close (measured at 21 frames, 256x256 and 1280x720, 0.3 to 1 bit a pixel).
 _FIRST_REQUEST = {"libx264": 0.7, "libx265": 0.6, "libvpx-vp9": 0.8}
 
+# What MPEG-2 and MPEG-4 may be told.
+_QUANTISERS = (2.0, 31.0)
+
 # A first encode within this factor of the target stays; otherwise there is one corrective encode.
 _GOOD_ENOUGH = 1.25
 
@@ -68,32 +72,46 @@ def recompress(frames: list[np.ndarray], encoder: Encoder, bits_per_pixel: float
     Frames of another size than the first are brought to its size, as a player does. Odd sizes are
     padded for the encoder and cropped again. Where the decoder gives fewer frames than went in,
     the one before is shown longer. Short clips at low rates overshoot: an encoder's first frame
-    costs what it costs.
+    costs what it costs. ValueError where this FFmpeg lacks the codec or fails at it.
     """
     if not bits_per_pixel > 0 or not fps > 0:
         raise ValueError(f"bits_per_pixel, fps: {bits_per_pixel}, {fps}: both must be above 0")
     _require(encoder)
+    try:
+        return _recompress(frames, encoder, bits_per_pixel, fps)
+    except av.error.FFmpegError as error:
+        height, width = frames[0].shape[:2]
+        raise ValueError(
+            f"{encoder}: FFmpeg failed at {len(frames)} frames of {width}x{height}: {error}"
+        ) from error
+
+
+def _recompress(
+    frames: list[np.ndarray], encoder: Encoder, bits_per_pixel: float, fps: float
+) -> Recompressed:
     height, width = frames[0].shape[:2]
     pictures = _pictures(frames, encoder)
-    pixels = len(frames) * height * width
-
-    def encode(target: float, quantiser: float | None) -> tuple[list[av.Packet], float]:
-        bits_per_frame = target * height * width
-        packets = _encode(pictures, encoder, bits_per_frame, fps, quantiser)
-        return packets, 8 * sum(packet.size for packet in packets) / pixels
-
+    context = partial(_open, encoder, pictures[0], fps)
+    bits_per_frame = bits_per_pixel * height * width
     old = encoder in ("mpeg4", "mpeg2video")
-    quantiser = _first_quantiser(bits_per_pixel) if old else None
-    request = bits_per_pixel * _FIRST_REQUEST.get(encoder, 1.0)
-    packets, spent = encode(request, quantiser)
-    encodes = 1
-    ratio = spent / bits_per_pixel
-    if not 1 / _GOOD_ENOUGH <= ratio <= _GOOD_ENOUGH:
-        if quantiser is not None:
-            quantiser = _corrected_quantiser(quantiser, ratio)
-        packets, spent = encode(request / ratio, quantiser)
-        encodes = 2
-    return Recompressed(_decode(packets, encoder, len(frames), height, width), spent, encodes)
+    quantiser = _first_quantiser(bits_per_pixel)
+    request = bits_per_frame * _FIRST_REQUEST.get(encoder, 1.0)
+
+    packets: list[av.Packet] = []
+    ratio = 1.0
+    for encodes in (1, 2):
+        if old:
+            packets, used = _encode_by_quantiser(context(request), pictures, bits_per_frame, quantiser)
+            quantiser = float(np.mean(used))
+        else:
+            packets = _encode(context(request), pictures)
+        ratio = 8 * sum(packet.size for packet in packets) / (bits_per_frame * len(frames))
+        if encodes == 2 or 1 / _GOOD_ENOUGH <= ratio <= _GOOD_ENOUGH:
+            break
+        request /= ratio
+        quantiser = _corrected_quantiser(quantiser, ratio)
+    decoded = _decode(packets, encoder, len(frames), height, width)
+    return Recompressed(decoded, ratio * bits_per_pixel, encodes)
 
 
 def _require(encoder: Encoder) -> None:
@@ -114,19 +132,18 @@ def _require(encoder: Encoder) -> None:
 def _first_quantiser(bits_per_pixel: float) -> float:
     """Quantiser of MPEG-2 and MPEG-4 that spends about `bits_per_pixel` on noisy content.
 
-    Their own rate control needs seconds to settle (3.7x too much at 21 frames of 256x256), hence
-    a nearly fixed quantiser. Measured: 2 bits at 3.5, 0.9 at 6, 0.42 at 8, 0.1 at 12.
+    Measured: 2 bits at 3.5, 0.9 at 6, 0.42 at 8, 0.1 at 12.
     """
-    return float(np.clip(2.0 * (4.0 / bits_per_pixel) ** (1 / 1.8), 2.0, 31.0))
+    return float(np.clip(2.0 * (4.0 / bits_per_pixel) ** (1 / 1.8), *_QUANTISERS))
 
 
 def _corrected_quantiser(quantiser: float, ratio: float) -> float:
-    """The quantiser after one that spent `ratio` times the target.
+    """The quantiser after one that spent `ratio` times what is wanted.
 
-    Rates fall with its square on noisy content, but faster (up to the 3.4th power) where it comes down
-    to the noise's own strength: hence smaller steps down.
+    Rates fall with its 1.2th power on strong noise to its 4.3th where it comes down to the noise's own
+    strength; the third power brings both closer with each step.
     """
-    return float(np.clip(quantiser * ratio ** (1 / 2 if ratio > 1 else 1 / 3), 2.0, 31.0))
+    return float(np.clip(quantiser * max(ratio, 1e-3) ** (1 / 3), *_QUANTISERS))
 
 
 def _pictures(frames: list[np.ndarray], encoder: str) -> list[av.VideoFrame]:
@@ -141,8 +158,9 @@ def _pictures(frames: list[np.ndarray], encoder: str) -> list[av.VideoFrame]:
             frame = cv2.resize(frame, (width, height), interpolation=cv2.INTER_CUBIC)
         if bottom or right:
             frame = cv2.copyMakeBorder(frame, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        picture = picture.reformat(format="yuv420p")
+        # BT.601 in limited range, as FFmpeg's own conversion, which takes 4 times as long
+        planes: Any = cv2.cvtColor(frame, cv2.COLOR_RGB2YUV_I420)
+        picture = av.VideoFrame.from_ndarray(planes, format="yuv420p")
         picture.pts = index
         pictures.append(picture)
     return pictures
@@ -156,27 +174,49 @@ def _frame_rate(encoder: str, fps: float) -> Fraction:
     return rate if 0 < rate.numerator < 65536 else Fraction(max(1, round(fps)))
 
 
-def _encode(
-    pictures: list[av.VideoFrame], encoder: str, bits_per_frame: float, fps: float, quantiser: float | None
-) -> list[av.Packet]:
+def _open(encoder: str, picture: av.VideoFrame, fps: float, bits_per_frame: float) -> VideoCodecContext:
     context = av.CodecContext.create(encoder, "w")
     assert isinstance(context, VideoCodecContext)
     rate = _frame_rate(encoder, fps)
-    context.width, context.height = pictures[0].width, pictures[0].height
+    context.width, context.height = picture.width, picture.height
     context.pix_fmt = "yuv420p"
     context.framerate, context.time_base = rate, 1 / rate
     context.bit_rate = max(1000, round(bits_per_frame * float(rate)))
     context.thread_count = 1
-    options = dict(_OPTIONS[encoder])
-    if quantiser is not None:
-        options |= {"qmin": str(int(quantiser)), "qmax": str(min(31, int(np.ceil(quantiser))))}
-    context.options = options
+    context.options = dict(_OPTIONS[encoder])
+    return context
+
+
+def _encode(context: VideoCodecContext, pictures: list[av.VideoFrame]) -> list[av.Packet]:
     packets: list[av.Packet] = []
     for picture in pictures:
         picture.time_base = context.time_base
         packets += context.encode(picture)
-    packets += context.encode(None)
-    return packets
+    return packets + context.encode(None)
+
+
+def _encode_by_quantiser(
+    context: VideoCodecContext, pictures: list[av.VideoFrame], bits_per_frame: float, quantiser: float
+) -> tuple[list[av.Packet], list[int]]:
+    """MPEG-2 and MPEG-4 with the quantiser of each frame set here, from what those before it cost.
+
+    Their own rate control needs seconds to settle: 3.7 times too much at 21 frames of 256x256.
+    Returns the packets and the quantisers.
+    """
+    packets: list[av.Packet] = []
+    used: list[int] = []
+    for picture in pictures:
+        if packets:
+            left = bits_per_frame * len(pictures) - 8 * sum(packet.size for packet in packets)
+            wanted = left / (len(pictures) - len(packets))
+            wanted = float(np.clip(wanted, bits_per_frame / 4, bits_per_frame * 4))
+            # the last packet was coded at the last quantiser, though MPEG-2 is one picture behind
+            quantiser = _corrected_quantiser(used[-1], 8 * packets[-1].size / wanted)
+        used.append(round(quantiser))
+        context.qmin = context.qmax = used[-1]
+        picture.time_base = context.time_base
+        packets += context.encode(picture)
+    return packets + context.encode(None), used
 
 
 def _decode(packets: list[av.Packet], encoder: str, count: int, height: int, width: int) -> list[np.ndarray]:
@@ -191,7 +231,7 @@ def _decode(packets: list[av.Packet], encoder: str, count: int, height: int, wid
             pixels = picture.to_ndarray(format="rgb24")
             shown[index] = np.ascontiguousarray(pixels[:height, :width])
     if not shown:
-        raise RuntimeError(f"{encoder}: the decoder gave no frame for {count}")
+        raise ValueError(f"{encoder}: the decoder gave no frame for {count}")
     frames = []
     last = shown[min(shown)]
     for index in range(count):

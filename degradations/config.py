@@ -5,7 +5,7 @@ Sources: Real-ESRGAN's `options/train_realesrgan_x4plus.yml`; RealBasicVSR as co
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from degradations.codecs import Encoder
@@ -31,9 +31,14 @@ def _distribution(name: str, weights: dict[str, float], allowed: tuple[str, ...]
         raise ValueError(f"{name}: probabilities must be 0 or more and sum to 1, not {weights}")
 
 
-def _range(name: str, values: Range, low: float = 0.0, high: float = math.inf) -> None:
-    if not low <= values[0] <= values[1] <= high:
+def _range(name: str, values: Range, low: float, high: float) -> None:
+    if len(values) != 2 or not low <= values[0] <= values[1] <= high:
         raise ValueError(f"{name}: {list(values)} must be two rising numbers from {low:g} to {high:g}")
+
+
+def _step(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: {value} must be 0 or more")
 
 
 KERNEL_KINDS: tuple[str, ...] = get_args(KernelKind)
@@ -77,12 +82,17 @@ class BlurConfig:
 
     def __post_init__(self) -> None:
         _probability("blur.probability", self.probability)
-        _range("blur.sigma_px", self.sigma_px, low=1e-3)
+        _range("blur.sigma_px", self.sigma_px, low=1e-3, high=1000)
         _distribution("blur.kernels", self.kernels, KERNEL_KINDS)
         if not self.sizes_px or any(size < 3 or size % 2 == 0 for size in self.sizes_px):
             raise ValueError(f"blur.sizes_px: {list(self.sizes_px)}: kernels have an odd side of 3 or more")
+        _range("blur.beta_generalized", self.beta_generalized, low=1e-3, high=100)
+        _range("blur.beta_plateau", self.beta_plateau, low=1e-3, high=100)
         if self.omega_rad is not None:
             _range("blur.omega_rad", self.omega_rad, low=1e-3, high=2 * math.pi)
+        for item in fields(self):
+            if "_step" in item.name:
+                _step(f"blur.{item.name}", getattr(self, item.name))
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,7 @@ class ResizeConfig:
 
     def __post_init__(self) -> None:
         _range("resize.factor", self.factor, low=1e-3, high=16)
+        _step("resize.step", self.step)
         _probability("resize.up", self.up)
         _probability("resize.down", self.down)
         _probability("resize.up + resize.down", self.up + self.down)
@@ -132,8 +143,10 @@ class NoiseConfig:
         _probability("noise.probability", self.probability)
         _probability("noise.gaussian", self.gaussian)
         _probability("noise.grey", self.grey)
-        _range("noise.gaussian_sigma", self.gaussian_sigma)
-        _range("noise.poisson_scale", self.poisson_scale)
+        _range("noise.gaussian_sigma", self.gaussian_sigma, low=0, high=255)
+        _range("noise.poisson_scale", self.poisson_scale, low=0, high=255)
+        _step("noise.gaussian_sigma_step", self.gaussian_sigma_step)
+        _step("noise.poisson_scale_step", self.poisson_scale_step)
 
 
 @dataclass(frozen=True)
@@ -148,6 +161,7 @@ class JpegConfig:
     def __post_init__(self) -> None:
         _probability("jpeg.probability", self.probability)
         _range("jpeg.quality", self.quality, low=1, high=100)
+        _step("jpeg.quality_step", self.quality_step)
 
 
 @dataclass(frozen=True)
@@ -210,6 +224,10 @@ class RecipeConfig:
     time: TimeMode = "walk"
     """How values move from frame to frame: a random walk within bounds (RealBasicVSR), not at all, or each
     frame afresh, kinds included (STAR). Which operations happen, their order and the codec stay the clip's"""
+
+    def __post_init__(self) -> None:
+        if self.time not in get_args(TimeMode):
+            raise ValueError(f"time: {self.time!r} is none of {', '.join(get_args(TimeMode))}")
 
 
 def _sinc(step_rad: float = 0.0628) -> BlurConfig:

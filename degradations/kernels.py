@@ -16,7 +16,7 @@ KernelKind = Literal[
 ]
 
 # What may be left out of a kernel, as a sum of absolute weights: at worst 255 times this, 2.6 grey levels,
-# in practice 0.1 on average (12% faster than 0.002).
+# in practice 0.1 on average.
 TOLERANCE = 0.01
 
 
@@ -90,26 +90,27 @@ def _trim(kernel: np.ndarray, tolerance: float) -> np.ndarray:
 
 
 def _separate(kernel: np.ndarray, tolerance: float) -> Separated:
-    """The lowest-rank sum of separable kernels within `tolerance` of this one (singular values)."""
-    left, values, right = np.linalg.svd(kernel)
-    columns = (left * np.sqrt(values)).T
-    rows = right * np.sqrt(values)[:, None]
+    """The lowest-rank sum of separable kernels within `tolerance` of this one (singular values).
+
+    All kernels here are symmetric about their centre, so each is a part that is even along both axes and a
+    part that is odd along both. Apart, the two have exactly even or odd vectors, which OpenCV filters with
+    in a third of the time of others.
+    """
+    columns, rows, strengths = [], [], []
+    for sign in (1.0, -1.0):
+        left, values, right = np.linalg.svd((kernel + sign * kernel[:, ::-1]) / 2)
+        for column, value, row in zip(left.T, values, right, strict=True):
+            columns.append((column + sign * column[::-1]) / 2 * value)
+            rows.append((row + sign * row[::-1]) / 2)
+            strengths.append(value)
+    chosen: list[int] = []
     rest = kernel.copy()
-    for rank in range(1, len(values) + 1):
-        rest -= np.outer(columns[rank - 1], rows[rank - 1])
+    for index in np.argsort(strengths)[::-1]:
+        chosen.append(index)
+        rest -= np.outer(columns[index], rows[index])
         if np.abs(rest).sum() <= tolerance:
             break
-    return Separated(columns[:rank], rows[:rank])
-
-
-def _direct_cost(size_px: int) -> float:
-    """Milliseconds of `cv2.filter2D` on 720x720x3 uint8 (OpenCV 5, one thread); Fourier from 13 up."""
-    return 0.24 * size_px**2 if size_px < 9 else 8.0 + 0.7 * size_px
-
-
-def _separated_cost(size_px: int, rank: int) -> float:
-    """Milliseconds of `rank` separable passes and their sum on the same frame."""
-    return rank * (0.9 + 0.17 * size_px) + (rank - 1) * 0.6
+    return Separated(np.array(columns)[chosen], np.array(rows)[chosen])
 
 
 @lru_cache(maxsize=256)
@@ -121,18 +122,11 @@ def _plan(
     rotation_rad: float,
     beta: float,
     omega_rad: float,
-) -> tuple[np.ndarray, Separated | None]:
-    """The trimmed kernel and, where that is faster, its separated form. A blur that does not move in
-    time asks for the same one at each frame, hence the cache."""
+) -> Separated:
+    """The kernel, trimmed and separated. A blur that does not move in time asks for the same one at each
+    frame, hence the cache."""
     kernel = make_kernel(kind, size_px, sigma_x_px, sigma_y_px, rotation_rad, beta, omega_rad)
-    kernel = _trim(kernel, TOLERANCE / 2)
-    separated = _separate(kernel, TOLERANCE / 2)
-    size = kernel.shape[0]
-    if _separated_cost(size, len(separated.rows)) <= _direct_cost(size):
-        return kernel, separated
-    if 9 <= size < 13:  # OpenCV takes the Fourier way, faster here, only from 13 up
-        kernel = np.pad(kernel, (13 - size) // 2)
-    return kernel, None
+    return _separate(_trim(kernel, TOLERANCE / 2), TOLERANCE / 2)
 
 
 def blur(
@@ -149,10 +143,7 @@ def blur(
 
     Within a grey level, rounding included, of filtering with the whole kernel in floating point (mean 0.1).
     """
-    kernel, separated = _plan(kind, size_px, sigma_x_px, sigma_y_px, rotation_rad, beta, omega_rad)
-    if separated is None:
-        return cv2.filter2D(frame, -1, kernel)
-    columns, rows = separated
+    columns, rows = _plan(kind, size_px, sigma_x_px, sigma_y_px, rotation_rad, beta, omega_rad)
     if len(rows) == 1:
         return cv2.sepFilter2D(frame, -1, rows[0], columns[0])
     total = cv2.sepFilter2D(frame, cv2.CV_32F, rows[0], columns[0])

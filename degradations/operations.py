@@ -160,9 +160,11 @@ class UnsharpMask:
         _, mask = cv2.threshold(cv2.absdiff(frame, blurred), self.threshold, 255, cv2.THRESH_BINARY)
         mask = _wide_gaussian(mask, self.sigma_px)
         sharp = cv2.addWeighted(frame, 1 + self.weight, blurred, -self.weight, 0)
-        change = cv2.subtract(sharp, frame, dtype=cv2.CV_16S)
-        change = cv2.multiply(change, mask, scale=1 / 255, dtype=cv2.CV_16S)
-        return cv2.add(frame, change, dtype=cv2.CV_8U)
+        brighter = cv2.multiply(
+            cv2.subtract(sharp, frame), mask, scale=1 / 255
+        )  # apart, so that both stay uint8
+        darker = cv2.multiply(cv2.subtract(frame, sharp), mask, scale=1 / 255)
+        return cv2.subtract(cv2.add(frame, brighter), darker)
 
 
 def sharpen_truth(frames: np.ndarray, mask: UnsharpMask | None = None) -> np.ndarray:

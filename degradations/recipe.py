@@ -8,8 +8,9 @@ and back unchanged.
 import json
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, TypeVar, get_args
 
 import numpy as np
@@ -116,8 +117,12 @@ class _Clock:
     def choice(self, probabilities: Mapping[K, float]) -> tuple[K, ...]:
         """A kind for each frame; the same for all unless frames are independent."""
         count = self.num_frames if self.time == "independent" else 1
-        drawn = self.random.choices(list(probabilities), list(probabilities.values()), k=count)
-        return tuple(drawn) * (self.num_frames // count)
+        return tuple(self.drawn(probabilities) for _ in range(count)) * (self.num_frames // count)
+
+    def drawn(self, probabilities: Mapping[K, float]) -> K:
+        """One of the kinds, in whatever order they are named: a file may sort them."""
+        kinds = sorted(probabilities, key=str)
+        return self.random.choices(kinds, [probabilities[kind] for kind in kinds])[0]
 
     def by_kind(self, kinds: tuple[K, ...], number: Callable[[K], tuple[float, ...]]) -> tuple[float, ...]:
         """Values whose law depends on the frame's kind: each kind's series, read at its own frames."""
@@ -208,7 +213,7 @@ def _draw_jpeg(config: JpegConfig, clock: _Clock) -> Jpeg:
 
 def _draw_codec(config: CodecConfig, clock: _Clock, fps: float) -> VideoCodec:
     rate = round(clock.random.uniform(*config.bits_per_pixel), 5)
-    encoder = clock.random.choices(list(config.encoders), list(config.encoders.values()))[0]
+    encoder = clock.drawn(config.encoders)
     return VideoCodec(encoder, rate, fps)  # type: ignore[arg-type]
 
 
@@ -251,17 +256,27 @@ def _draw_end(config: EndConfig, clock: _Clock, quarter: tuple[int, int], fps: f
     return shrink + compression if clock.happens(0.5) else compression + shrink
 
 
+def _checked_shape(shape: Sequence[Any]) -> tuple[int, int, int]:
+    """(T, H, W) as Python's integers."""
+    if len(shape) != 3 or not all(isinstance(length, Integral) and int(length) >= 1 for length in shape):
+        raise ValueError(f"shape: {tuple(shape)} must be (T, H, W), whole numbers, each 1 or more")
+    return int(shape[0]), int(shape[1]), int(shape[2])
+
+
 def draw(config: RecipeConfig, seed: int, shape: tuple[int, int, int], fps: float) -> Degradation:
     """Everything that will happen to a clip of `shape` (T, H, W) at `fps`, by `seed` alone.
 
-    A clip of one frame gets no video codec. Cheap: about a millisecond for 21 frames.
+    A clip of one frame gets no video codec. Cheap: about a millisecond for 21 frames. ValueError for a
+    seed that is no whole number from 0 up, a shape of other than three lengths of 1 or more, or a rate that
+    is not above 0.
     """
-    num_frames, height, width = (int(length) for length in shape)
-    if min(num_frames, height, width) < 1:
-        raise ValueError(f"shape: {tuple(shape)} must be (T, H, W), each 1 or more")
-    if num_frames > 1 and not fps > 0:
-        raise ValueError(f"fps: {fps} must be above 0 for a clip of {num_frames} frames")
-    clock = _Clock(config.time, num_frames, seed)
+    num_frames, height, width = _checked_shape(shape)
+    if not isinstance(seed, Integral) or int(seed) < 0:
+        raise ValueError(f"seed: {seed!r} must be a whole number, 0 or more")
+    if num_frames > 1 and (not isinstance(fps, Real) or not 0 < float(fps) < math.inf):
+        raise ValueError(f"fps: {fps!r} must be a number above 0 for a clip of {num_frames} frames")
+    fps = float(fps) if num_frames > 1 else 0.0  # fractions and numpy's numbers are no JSON
+    clock = _Clock(config.time, num_frames, int(seed))
     shrink = config.end.shrink if config.end is not None else 1
     quarter = (max(MIN_SIDE_PX, height // shrink), max(MIN_SIDE_PX, width // shrink))
     sizes: Sizes = [(height, width)] * num_frames
@@ -337,7 +352,9 @@ def _unpack(packed: dict[str, Any], num_frames: int) -> Operation:
     for item in fields(cls):
         if str(item.type).startswith("tuple"):
             value = values[item.name]
-            values[item.name] = tuple(value) if isinstance(value, list) else (value,) * num_frames
+            value = values[item.name] = tuple(value) if isinstance(value, list) else (value,) * num_frames
+            if len(value) != num_frames:
+                raise ValueError(f"degradation: {name}.{item.name} has {len(value)} values, not {num_frames}")
     return cls(**values)
 
 
@@ -356,9 +373,9 @@ def from_json(text: str) -> Degradation:
     """What `to_json` wrote, equal to the original."""
     try:
         record = json.loads(text)
-        num_frames, height, width = record["shape"]
+        shape = _checked_shape(record["shape"])
         truth = None if record["truth"] is None else UnsharpMask(**record["truth"])
-        operations = tuple(_unpack(packed, num_frames) for packed in record["operations"])
+        operations = tuple(_unpack(packed, shape[0]) for packed in record["operations"])
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"degradation: not the JSON of a degradation ({error!r})") from error
-    return Degradation((num_frames, height, width), truth, operations)
+    return Degradation(shape, truth, operations)

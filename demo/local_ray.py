@@ -79,15 +79,17 @@ class LocalRay:
         )
 
     def wait_until_ready(self, limit_s: float = 90) -> None:
-        """Until the dashboard takes jobs. RuntimeError with the head's own words if it does not."""
+        """Until the dashboard takes jobs. RuntimeError with the head's own words if it does not.
+
+        Only a job shows it: on a busy machine the dashboard answers before the agent that runs jobs is there.
+        """
         port = int(self.dashboard.rsplit(":", 1)[1])
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline and self.head.poll() is None:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                listed = subprocess.run(
-                    ["ray", "job", "list"], env=self.environment, capture_output=True, timeout=60
-                )
-                if listed.returncode == 0:
+                submit = ["ray", "job", "submit", "--no-wait", "--", "true"]
+                taken = subprocess.run(submit, env=self.environment, capture_output=True, timeout=60)
+                if taken.returncode == 0:
                     return
             time.sleep(0.5)
         words = (self.folder / "head.log").read_text()[-2000:]

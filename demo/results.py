@@ -46,6 +46,10 @@ def summarise(out: Path, stages: list[dict[str, Any]], total: dict[str, Any], sh
     for model in MODELS:
         history = _history(out, model)
         training[model] = {"steps": len(history["steps"]), "held_out": history["held_out"]}
+        for key in ("imbalance", "wait_share", "utilisation"):
+            values = [step[key] for step in history["steps"] if key in step]
+            if values:
+                training[model][key] = sum(values) / len(values)
     return {
         "stages": stages,
         "training": training,

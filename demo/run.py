@@ -20,6 +20,7 @@ from pipeline.stage import proportional_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 MEDIA = ROOT / "demo" / "media"
+WEIGHTS = ROOT / "demo" / "weights"
 CPUS = 2
 OBJECT_STORE_BYTES = 1 << 30
 SHORT_MEDIA = (
@@ -46,14 +47,29 @@ def jobs(out: Path) -> list[Job]:
     return [
         Job("ingest", "data/clips", (f"--input=file://{out}/input", f"--output={data}")),
         Job("filter", "data/scores", (f"--data={data}",)),
-        Job("train_vae", "data/weights/vae", (f"--data={data}", f"--output={data}"), SHORT_VAE),
+        Job(
+            "train_vae",
+            "data/weights/vae",
+            (f"--data={data}", f"--output={data}", f"--initial_weights=file://{WEIGHTS}/vae"),
+            SHORT_VAE,
+        ),
         Job("precompute", "data/latents", (f"--data={data}", f"--vae={vae}"), ("--variants=1",)),
-        Job("train_dit", "data/weights/dit", (f"--data={data}", f"--output={data}"), SHORT_DIT),
+        Job(
+            "train_dit",
+            "data/weights/dit",
+            (f"--data={data}", f"--output={data}", f'--initial={{"weights": "file://{WEIGHTS}/dit"}}'),
+            SHORT_DIT,
+        ),
         Job("pairs", "pairs", (f"--data={data}", f"--output={pairs}"), ("--max_clips=4",)),
         Job(
             "restore",
             "restored",
-            (f'--input=["{pairs}/lq"]', f"--output={restored}", f"--vae={vae}", f"--dit={dit}"),
+            (
+                f'--input=["{pairs}/lq"]',
+                f"--output={restored}",
+                f"--model.weights={dit}",
+                f"--model.vae={vae}",
+            ),
         ),
         Job(
             "evaluate",
@@ -69,13 +85,15 @@ def jobs(out: Path) -> list[Job]:
 
 
 SHORT_VAE = (
-    '--stages=[{"crop": {"frames": 5, "height": 64, "width": 64}, "steps": 40, "learning_rate": 2.0e-3, '
-    '"crops_per_worker": 4}]',
+    '--stages=[{"crop": {"frames": 5, "height": 64, "width": 64}, "steps": 20, "learning_rate": 2.0e-5, '
+    '"crops_per_worker": 2}]',
+    "--adversarial.start_step=5",
+    "--adversarial.warmup_steps=5",
 )
 SHORT_DIT = (
-    '--stages=[{"name": "5x64x64", "buckets": ["5x64x64", "1x64x64"], "steps": 30, "learning_rate": 1.0e-3, '
-    '"tokens_per_pack": 256}, {"name": "9x96x96", "buckets": ["9x96x96", "1x64x64"], "steps": 20, '
-    '"learning_rate": 7.0e-4, "tokens_per_pack": 512}]',
+    '--stages=[{"name": "5x64x64", "buckets": ["5x64x64", "1x64x64"], "steps": 15, "learning_rate": 2.0e-5, '
+    '"tokens_per_pack": 256, "one_step": {"share": 0.5}}, {"name": "9x96x96", "buckets": ["9x96x96", '
+    '"1x64x64"], "steps": 10, "learning_rate": 2.0e-5, "tokens_per_pack": 512, "one_step": {"share": 0.5}}]',
 )
 
 

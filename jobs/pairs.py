@@ -1,6 +1,6 @@
 """Make a synthetic benchmark of lossless HQ and LQ files from clips.
 
-    ray job submit --working-dir . -- python -m jobs.pairs --folder s3://bucket/clips --output s3://bucket/set
+ray job submit --working-dir . -- python -m jobs.pairs --folder s3://bucket/clips --output s3://bucket/set
 """
 
 from pipeline import pairs

@@ -1,6 +1,7 @@
 """Kept clips to text embeddings and HQ/LQ latents.
 
-ray job submit --working-dir . -- python -m jobs.precompute --config configs/demo/precompute.yaml
+ray job submit --working-dir . -- python -m jobs.precompute --config configs/demo/precompute.yaml \\
+    --data file:///data/run --vae file:///data/run/weights/vae
 """
 
 from pipeline import precompute

@@ -1,6 +1,8 @@
 """Restore videos and images of any length and size.
 
-ray job submit --working-dir . -- python -m jobs.restore --config configs/demo/restore.yaml
+ray job submit --working-dir . -- python -m jobs.restore --config configs/demo/restore.yaml \\
+    --input '["file:///data/old_tape.mp4"]' --output file:///data/restored \\
+    --model.vae file:///data/run/weights/vae --model.weights file:///data/run/weights/dit
 """
 
 from pipeline import restore

@@ -1,6 +1,7 @@
 """Train the diffusion transformer on precomputed latents.
 
-ray job submit --working-dir . -- python -m jobs.train_dit --config configs/demo/train_dit.yaml
+ray job submit --working-dir . -- python -m jobs.train_dit --config configs/small/train_dit.yaml \\
+    --data file:///data/run --output file:///data/run
 """
 
 from pipeline import train_dit

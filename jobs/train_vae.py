@@ -1,6 +1,7 @@
 """Train the causal video autoencoder.
 
-ray job submit --working-dir . -- python -m jobs.train_vae --config configs/demo/train_vae.yaml
+ray job submit --working-dir . -- python -m jobs.train_vae --config configs/demo/train_vae.yaml \\
+    --data file:///data/run --output file:///data/run
 """
 
 from pipeline import train_vae

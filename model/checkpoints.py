@@ -13,30 +13,51 @@ import dataclasses
 import json
 import pickle
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
+from numpy._core import multiarray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.losses import PerceptualLoss
+from model.dists import Dists
+from model.lpips import VGG16_WIDTHS, Lpips
 from model.nadit import NaDiT, NaDiTConfig
+from model.quality import aesthetic, dover, fast_vqa, musiq
+from model.sd3_weights import SD3Report, copy_sd3_weights
+from model.swin_mmdit import SwinMMDiT
 from model.vae import FULL_CONFIG, AutoencoderConfig, CausalVideoAutoencoder
 from model.vae.inflation import inflate
 from model.windows import RELEASED_WINDOW
 
+if TYPE_CHECKING:
+    from open_clip import CLIP
+
 Network = TypeVar("Network", bound=nn.Module)
 LISTED_KEYS = 5
+# What files that also keep their evaluation's numbers hold beside tensors: these build numbers, nothing else.
+_NUMPY_NAMES: list[Any] = [
+    *[np.ndarray, np.dtype, *[type(np.dtype(name)) for name in ("float32", "float64", "int64")]],
+    *[multiarray.scalar, multiarray._reconstruct],
+    (multiarray.scalar, "numpy.core.multiarray.scalar"),  # as files from before NumPy 2 say it
+    (multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+]
 
 
 # -- files ----------------------------------------------------------------------------------------------
 
 
 def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
-    """All tensors of a `.safetensors`, `.pth` or `.pt` file by name, mapped from disk, not copied."""
+    """All tensors of a `.safetensors`, `.pth` or `.pt` file by name, mapped from disk, not copied
+    (but for `.pth` files of before torch 1.6).
+
+    A `.pth` may hold them as `state_dict` beside other things, which are left out.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint file")
@@ -46,13 +67,29 @@ def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
     if path.suffix not in (".pth", ".pt"):
         raise ValueError(f"{path}: checkpoints are .safetensors, .pth or .pt files")
     try:
-        state = torch.load(path, map_location=device, weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+        with torch.serialization.safe_globals(_NUMPY_NAMES):
+            state = torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: not a file of plain tensors that torch can map: {reason}") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: expected a flat table of tensors (a state dict)")
     return state
+
+
+def read_tensor(path: str | Path, name: str) -> Tensor:
+    """One tensor: `name` of a `.safetensors` file, or the one that a `.pt` file holds (released prompts)."""
+    path = Path(path)
+    if path.suffix in (".pt", ".pth") and path.is_file():
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(found, Tensor):
+            return found
+    tensors = read_tensors(path)
+    if name not in tensors:
+        raise ValueError(f"{path}: holds no tensor {name!r}, but {', '.join(list(tensors)[:LISTED_KEYS])}")
+    return tensors[name]
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -78,6 +115,13 @@ def load_strict(network: Network, state: Mapping[str, Tensor], source: str | Pat
 
     The network may be on the meta device: it takes the tensors themselves, so also their dtype.
     """
+    check_fits(network, state, source)
+    network.load_state_dict(state, strict=True, assign=True)
+    return network
+
+
+def check_fits(network: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """One ValueError, naming the tensors, if `state` is not exactly what `network` has."""
     own = network.state_dict()
     misshapen = [
         f"{name} {tuple(state[name].shape)} for {tuple(tensor.shape)}"
@@ -96,8 +140,6 @@ def load_strict(network: Network, state: Mapping[str, Tensor], source: str | Pat
     ]
     if told:
         raise ValueError(f"{source}: does not fit {type(network).__name__}: tensors {'; '.join(told)}")
-    network.load_state_dict(state, strict=True, assign=True)
-    return network
 
 
 # -- autoencoder ----------------------------------------------------------------------------------------
@@ -154,31 +196,83 @@ def released_autoencoder_config(released: Mapping[str, Any]) -> AutoencoderConfi
     )
 
 
+# -- Swin-MMDiT from SD3 ----------------------------------------------------------------------------------
+
+
+def load_sd3_transformer(model: SwinMMDiT, path: str | Path) -> SD3Report:
+    """Start `model` from SD3's transformer, in place; the report's text says what was taken, left and is new.
+
+    path: a safetensors file, a sharded checkpoint's index (.safetensors.index.json), or the folder of either
+    (`transformer/` of a diffusers SD3 repository). ValueError where there is no such file, or what is in it
+    does not fit.
+    """
+    files = _tensor_files(Path(path))
+
+    def read(name: str) -> Tensor:
+        # Mapped pages stay in memory until the file is closed: opened anew, the peak is the largest tensor.
+        with safe_open(files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    return copy_sd3_weights(model, files, read, str(path))
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    """Every tensor's name -> the file that holds it."""
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            there = ", ".join(file.name for file in found) or "none"
+            raise ValueError(f"{path}: wanted one .safetensors or index file in this folder, found {there}")
+        path = found[0]
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if not path.name.endswith(".index.json"):
+        with safe_open(path, framework="pt") as file:
+            return dict.fromkeys(file.keys(), path)
+    shards = json.loads(path.read_text())["weight_map"]
+    for shard in sorted(set(shards.values())):
+        if not (path.parent / shard).is_file():
+            raise ValueError(f"{path}: its shard {shard} is missing")
+    return {name: path.parent / shard for name, shard in shards.items()}
+
+
 # -- released backbones ---------------------------------------------------------------------------------
 
 
 def build_backbone(config: NaDiTConfig, state: Mapping[str, Tensor], source: str | Path) -> NaDiT:
     """The released backbone of `config` holding `state`, in evaluation mode."""
+    return load_strict(_empty_backbone(config), state, source).eval()
+
+
+def _empty_backbone(config: NaDiTConfig) -> NaDiT:
     with torch.device("meta"):
-        backbone = NaDiT(config)
-    return load_strict(backbone, state, source).eval()
+        return NaDiT(config)
+
+
+def stated_backbone(path: str | Path) -> NaDiTConfig | None:
+    """The shape that a file of `save_backbone` states; the released files state none."""
+    header = read_header(path)
+    return config_from_header(NaDiTConfig, header["backbone"], path) if "backbone" in header else None
 
 
 def load_backbone(
-    path: str | Path, config: NaDiTConfig | None = None, dtype: torch.dtype | None = None
+    path: str | Path,
+    config: NaDiTConfig | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
 ) -> NaDiT:
-    """A released backbone (.pth or .safetensors, also the community's fp16 files) on the CPU.
+    """A released backbone (.pth or .safetensors, also the community's fp16 files).
 
     config: `nadit.SEEDVR_3B` or `SEEDVR_7B` for files that do not state theirs. dtype: None keeps the file's
-    own, mapped from disk and never copied.
+    own, mapped from disk and never copied; else each tensor is cast on its way to `device`.
     """
-    header = read_header(path)
-    if "backbone" in header:
-        config = config_from_header(NaDiTConfig, header["backbone"], path)
+    device, state = torch.device(device), read_tensors(path)
+    config = stated_backbone(path) or config
     if config is None:
         raise ValueError(f"{path}: states no configuration; say which model it is (3B or 7B)")
-    state = read_tensors(path)
-    return build_backbone(config, state if dtype is None else _cast(path, state, dtype), path)
+    check_fits(_empty_backbone(config), state, path)  # before the work of casting
+    kept = device.type == "cpu" and (dtype is None or {t.dtype for t in state.values()} == {dtype})
+    return build_backbone(config, state if kept else _cast(path, state, dtype, device), path)
 
 
 def save_backbone(path: str | Path, backbone: NaDiT, header: Mapping[str, Any]) -> None:
@@ -186,8 +280,10 @@ def save_backbone(path: str | Path, backbone: NaDiT, header: Mapping[str, Any]) 
     write_tensors(path, backbone.state_dict(), {**header, "backbone": dataclasses.asdict(backbone.config)})
 
 
-def _cast(path: str | Path, mapped: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The file's tensors in another dtype, at a peak of the result plus the largest tensor.
+def _cast(
+    path: str | Path, mapped: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device
+) -> dict[str, Tensor]:
+    """The file's tensors in another dtype or place, at a peak of the result plus the file's largest tensor.
 
     Reading a mapped tensor brings its pages into memory until the file is unmapped, so the file is opened
     anew for each group of tensors, none above the largest in bytes. Empties `mapped`.
@@ -205,7 +301,7 @@ def _cast(path: str | Path, mapped: dict[str, Tensor], dtype: torch.dtype) -> di
     state: dict[str, Tensor] = {}
     for group in groups:
         tensors = read_tensors(path)
-        state |= {name: tensors[name].to(dtype, copy=True) for name in group}
+        state |= {name: tensors[name].to(device, dtype, copy=True) for name in group}
         del tensors
     return state
 
@@ -229,17 +325,79 @@ def released_backbone_config(released: Mapping[str, Any]) -> NaDiTConfig:
     )
 
 
-def load_perceptual(perceptual: str) -> PerceptualLoss | None:
-    """What a config's `perceptual` names: a TorchScript file of LPIPS, or nothing for the word "none".
+def build_lpips(features: Mapping[str, Tensor], heads: Mapping[str, Tensor], source: str | Path) -> Lpips:
+    """LPIPS of its two published tables: torchvision's vgg16 (its classifier is not used) and lpips v0.1's
+    vgg.pth. ValueError if they are not those."""
+    names = [f"lin{level}.model.1.weight" for level in range(len(VGG16_WIDTHS))]
+    if any(name not in heads for name in names):
+        raise ValueError(f"{source}: no table of LPIPS heads ({names[0]} to {names[-1]})")
+    state = {name: tensor for name, tensor in features.items() if name.startswith("features.")}
+    state |= {f"heads.{level}": heads[name].flatten() for level, name in enumerate(names)}
+    with torch.device("meta"):
+        network = Lpips(tuple(heads[name].numel() for name in names))
+    return load_strict(network, state, source).float().eval().requires_grad_(False)
 
-    There is no default: training without a perceptual loss is other training, and has to say so. The file
-    is made once by `torch.jit.trace(lpips.LPIPS(net="vgg"), (image, image)).save(path)`.
-    """
-    if perceptual == "none":
-        return None
-    if not Path(perceptual).is_file():
-        raise ValueError(f'perceptual: {perceptual} is no file; give an LPIPS TorchScript file, or "none"')
-    return PerceptualLoss(torch.jit.load(perceptual, map_location="cpu"))
+
+def build_dists(features: Mapping[str, Tensor], heads: Mapping[str, Tensor], source: str | Path) -> Dists:
+    """DISTS of torchvision's vgg16 (its classifier is not used) and DISTS_pytorch's weights.pt. ValueError if
+    they are not those."""
+    if set(heads) != {"alpha", "beta"}:
+        raise ValueError(f"{source}: no table of DISTS weights (alpha, beta)")
+    state = {name: tensor for name, tensor in features.items() if name.startswith("features.")}
+    state |= {name: tensor.flatten() for name, tensor in heads.items()}
+    with torch.device("meta"):
+        network = Dists()
+    return load_strict(network, state, source).float().eval().requires_grad_(False)
+
+
+# -- quality models -------------------------------------------------------------------------------------
+
+
+def load_aesthetic_head(path: str | Path) -> nn.Module:
+    """A published head of LAION-Aesthetics, linear or MLP: its tensors tell which."""
+    state = read_tensors(path)
+    return load_strict(aesthetic.head_for(state), state, path).eval()
+
+
+def load_fast_vqa(path: str | Path, config: fast_vqa.FastVQAConfig) -> fast_vqa.FastVQA:
+    """A published FAST-VQA (.pth). config: B and 3D have the same tensors, so no file tells which it is."""
+    with torch.device("meta"):
+        network = fast_vqa.FastVQA(config)
+    return load_strict(network, read_tensors(path), path).eval()
+
+
+def load_dover(path: str | Path) -> dover.Dover:
+    """A published DOVER, DOVER++ or DOVER-Mobile (.pth)."""
+    state = read_tensors(path)
+    mobile = "technical_backbone.downsample_layers.0.0.weight" in state
+    with torch.device("meta"):
+        network = dover.Dover(dover.PUBLISHED_MOBILE if mobile else dover.PUBLISHED)
+    return load_strict(network, state, path).eval()
+
+
+def load_musiq(path: str | Path) -> musiq.Musiq:
+    """MUSIQ from one of Google's `.npz` files with three scales."""
+    path = Path(path)
+    if not path.is_file() or path.suffix != ".npz":
+        raise ValueError(f"{path}: MUSIQ's weights are one of Google's .npz files, such as koniq_ckpt.npz")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            state = musiq.from_google(arrays)
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a MUSIQ checkpoint: {error}") from error
+    outputs = len(state["head.bias"]) if "head.bias" in state else musiq.PUBLISHED.outputs
+    with torch.device("meta"):
+        network = musiq.Musiq(dataclasses.replace(musiq.PUBLISHED, outputs=outputs))
+    return load_strict(network, state, path).eval()
+
+
+def load_clip(name: str) -> "CLIP":
+    """An OpenAI CLIP as open_clip reads it: a Hugging Face id or a folder; frozen, in evaluation mode."""
+    import open_clip  # takes seconds to import and only this needs it
+
+    source = f"local-dir:{name}" if Path(name).is_dir() else f"hf-hub:{name}"
+    clip = open_clip.create_model(source, require_pretrained=True, weights_only=True)
+    return clip.eval().requires_grad_(False)
 
 
 Config = TypeVar("Config")

@@ -5,8 +5,7 @@ Reductions are named, since "KL 1e-6" is a sum in some codes and a mean in other
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 MAX_ADAPTIVE_WEIGHT = 1e4
 """Esser et al. 2021 and the open video codes clamp here."""
@@ -53,25 +52,3 @@ def adaptive_weight(norms: Tensor) -> Tensor:
     """The generator loss's weight that makes both gradients equally long at the last layer (Esser et al.
     2021, equation 7), from `gradient_norms`."""
     return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, MAX_ADAPTIVE_WEIGHT)
-
-
-# -- perceptual -----------------------------------------------------------------------------------------
-
-
-class PerceptualLoss(nn.Module):
-    """A perceptual distance of single frames, such as LPIPS, around a network that the user brings.
-
-    The network takes two batches of images (N, 3, H, W) in [-1, 1] and gives (N, ...) distances, as
-    `lpips.LPIPS(net="vgg")` does. It is frozen; gradients pass through it to the first argument.
-    """
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone.eval()
-        for parameter in backbone.parameters():  # a TorchScript module has no requires_grad_
-            parameter.requires_grad_(False)
-
-    def forward(self, reconstruction: Tensor, video: Tensor) -> Tensor:
-        """Mean distance over all frames of (B, 3, T, H, W)."""
-        frames = [rearrange(x, "b c t h w -> (b t) c h w") for x in (reconstruction, video)]
-        return self.backbone(*frames).mean()

@@ -282,12 +282,17 @@ class GeluMLP(nn.Module):
         return self.proj_out(F.gelu(self.proj_in(x), approximate="tanh"))
 
 
+def swiglu_width(width: int, ratio: int) -> int:
+    """Hidden width of the 3B's MLP: 2/3 of the ratio, rounded up to 256s."""
+    return 256 * math.ceil(int(2 * width * ratio / 3) / 256)
+
+
 class SwiGLU(nn.Module):
-    """The 3B's: gated by SiLU, no biases; the hidden width is 2/3 of the ratio, rounded up to 256s."""
+    """The 3B's: gated by SiLU, no biases."""
 
     def __init__(self, width: int, ratio: int) -> None:
         super().__init__()
-        hidden = 256 * math.ceil(int(2 * width * ratio / 3) / 256)
+        hidden = swiglu_width(width, ratio)
         self.proj_in_gate = nn.Linear(width, hidden, bias=False)
         self.proj_in = nn.Linear(width, hidden, bias=False)
         self.proj_out = nn.Linear(hidden, width, bias=False)

@@ -12,7 +12,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from model.packing import WindowLayout
+from model.packing import CACHED_PLANS, WindowLayout
+
+CACHED_ROTATIONS = 2 * CACHED_PLANS
+"""Regular and shifted layers' of each plan."""
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -53,7 +56,7 @@ def split_head_channels(head_dim: int) -> tuple[int, int, int]:
 # shared by all layers with the same windows.
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=CACHED_ROTATIONS)
 def window_rotation(layout: WindowLayout, head_dim: int) -> Tensor:
     """Swin-MMDiT's rotation of each patch token (window order): (tokens, head_dim / 2) complex64."""
     with torch.inference_mode(False), torch.no_grad():
@@ -64,7 +67,7 @@ def window_rotation(layout: WindowLayout, head_dim: int) -> Tensor:
         return axial_rotation(torch.cat(angles, dim=1), head_dim)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=CACHED_ROTATIONS)
 def released_3b_rotation(layout: WindowLayout, head_dim: int, rotary_dim: int) -> tuple[Tensor, Tensor]:
     """The 3B checkpoint's rotations of patch tokens (window order) and of text tokens, complex64.
 
@@ -86,7 +89,7 @@ def released_3b_rotation(layout: WindowLayout, head_dim: int, rotary_dim: int) -
         return axial_rotation(video_angles, head_dim), axial_rotation(text_angles, head_dim)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=CACHED_ROTATIONS)
 def released_7b_rotation(layout: WindowLayout, head_dim: int, rotary_dim: int) -> Tensor:
     """The 7B checkpoint's rotation of patch tokens (window order), complex64; its text is not rotated.
 

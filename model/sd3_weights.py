@@ -6,23 +6,21 @@ of SD3 on the noisy latent. The position table has no counterpart, nor has the l
 of the text, which SD3 itself never uses.
 """
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from einops import rearrange
-from safetensors import safe_open
 from torch import Tensor
 
 from model.swin_mmdit import SwinMMDiT
 
+Combine = Callable[[list[Tensor]], Tensor]
+
 
 @dataclass(frozen=True)
 class SD3Report:
-    """What `load_sd3_transformer` did."""
+    """What `copy_sd3_weights` did."""
 
     taken: tuple[str, ...]
     """Names in the file that were copied."""
@@ -38,41 +36,40 @@ class SD3Report:
         )
 
 
-def load_sd3_transformer(model: SwinMMDiT, path: str | Path) -> SD3Report:
-    """Copies SD3 transformer weights into `model`, in place, tensor by tensor.
+def copy_sd3_weights(
+    model: SwinMMDiT, names: Collection[str], read: Callable[[str], Tensor], source: str
+) -> SD3Report:
+    """Copies the tensors `names` of an SD3 transformer into `model`, in place, one of its tensors at a time.
 
-    path: a safetensors file, a sharded checkpoint's index (.safetensors.index.json), or the folder of either
-    (`transformer/` of a diffusers SD3 repository). Raises ValueError where names or shapes do not fit.
+    read: a tensor by its name; source: where they are from, for messages. ValueError, before anything is
+    copied, where names do not fit (SD3.5 and other sizes have more or fewer), and where a shape does not.
     """
-    tensors = _open_tensors(Path(path))
-    taken: list[str] = []
+    last = model.config.num_layers - 1
+    sources = {name: _source(name, model) for name, _ in model.named_parameters()}
+    taken = [name for parts, _ in sources.values() for name in parts]
+    left = sorted(set(names) - set(taken))
+    unused = {"pos_embed.pos_embed", *(f"{_block(last)}.attn.add_q_proj.{kind}" for kind in _KINDS)}
+    wrong = sorted(set(taken) - set(names)) or sorted(set(left) - unused)
+    if wrong:
+        what = "no tensor" if wrong[0] in taken else "has no place for"
+        raise ValueError(
+            f"{source}: {what} {wrong[0]!r}: not an SD3 transformer of {last + 1} layers as diffusers has it"
+        )
+    file_channels = read("pos_embed.proj.weight").shape[1]
     for name, parameter in model.named_parameters():
-        sources, combine = _source(name, model)
-        for source in sources:
-            if source not in tensors:
-                raise ValueError(
-                    f"{path}: no tensor {source!r} (for {name}): not an SD3 transformer as diffusers has it"
-                )
-        value = combine([tensors[source].get_tensor(source) for source in sources])
+        parts, combine = sources[name]
+        value = combine([read(part) for part in parts])
         if value.shape != parameter.shape:
             raise ValueError(
-                f"{path}: {sources[0]!r} makes {tuple(value.shape)}, but {name} is {tuple(parameter.shape)}"
+                f"{source}: {parts[0]!r} makes {tuple(value.shape)}, but {name} is {tuple(parameter.shape)}"
             )
         with torch.no_grad():
             parameter.copy_(value)
-        taken += sources
-    file_channels = tensors["pos_embed.proj.weight"].get_slice("pos_embed.proj.weight").get_shape()[1]
-    return SD3Report(
-        taken=tuple(taken),
-        left=tuple(sorted(set(tensors) - set(taken))),
-        new=(
-            f"video_in, input channels {file_channels} to {model.config.in_channels - 1}",
-            f"blocks.{model.config.num_layers - 1}.text.qkv, query rows",
-        ),
+    new = (
+        f"video_in, input channels {file_channels} to {model.config.in_channels - 1}",
+        f"blocks.{last}.text.qkv, query rows",
     )
-
-
-Combine = Callable[[list[Tensor]], Tensor]
+    return SD3Report(tuple(taken), tuple(left), new)
 
 
 def _source(name: str, model: SwinMMDiT) -> tuple[list[str], Combine]:
@@ -84,7 +81,7 @@ def _source(name: str, model: SwinMMDiT) -> tuple[list[str], Combine]:
         return ["pos_embed.proj.weight"], lambda tensors: _patch_weight(tensors[0], model.config.in_channels)
     if module.startswith("blocks."):
         _, index, stream, part = module.split(".", 3)
-        block = f"transformer_blocks.{index}"
+        block = _block(int(index))
         if part == "qkv" and stream == "text" and int(index) == model.config.num_layers - 1:
             names = [f"{block}.attn.{projection}.{kind}" for projection in ("add_k_proj", "add_v_proj")]
             return names, lambda tensors: torch.cat([torch.zeros_like(tensors[0]), *tensors])
@@ -96,6 +93,12 @@ def _source(name: str, model: SwinMMDiT) -> tuple[list[str], Combine]:
         return [f"{block}.{_BLOCK_PARTS[stream, part]}.{kind}"], _only
     return [f"{_TOP_PARTS[module]}.{kind}"], _only
 
+
+def _block(index: int) -> str:
+    return f"transformer_blocks.{index}"
+
+
+_KINDS = ("weight", "bias")
 
 _BLOCK_PARTS = {
     ("video", "modulation"): "norm1.linear",
@@ -126,22 +129,6 @@ def _only(tensors: list[Tensor]) -> Tensor:
 
 def _patch_weight(weight: Tensor, in_channels: int) -> Tensor:
     """A convolution's (width, channels, p, p) as a linear layer over (p, p, channels), new channels zero."""
-    padded = torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, in_channels - weight.shape[1]))
+    new_channels = max(0, in_channels - weight.shape[1])
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, new_channels))
     return rearrange(padded, "d c p q -> d (p q c)")
-
-
-def _open_tensors(path: Path) -> dict[str, Any]:
-    """Every tensor's name -> the open, memory-mapped file that holds it."""
-    if path.is_dir():
-        found = [*sorted(path.glob("*.safetensors.index.json")), *sorted(path.glob("*.safetensors"))]
-        if not found:
-            raise ValueError(f"{path}: no .safetensors file in this folder")
-        path = found[0]
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    if not path.name.endswith(".index.json"):
-        file = safe_open(path, framework="pt")
-        return dict.fromkeys(file.keys(), file)
-    shards = json.loads(path.read_text())["weight_map"]
-    files = {shard: safe_open(path.parent / shard, framework="pt") for shard in set(shards.values())}
-    return {name: files[shard] for name, shard in shards.items()}

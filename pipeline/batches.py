@@ -1,83 +1,28 @@
-"""Which samples a training step sees, and reading them.
+"""The samples of a step as batches: read, with their noise drawn, laid end to end.
 
-The order of samples is a function of (seed, epoch) alone, packed into a fixed number of packs a step; the
-state is one counter: samples drawn so far. So a resumed run, on whatever number of workers, sees the
-same samples in the same steps. Noise, times and text drops come from (seed, epoch, sample_id).
+Noise, times and text drops come from (seed, epoch, sample_id), so a sample is the same wherever it is made.
 """
 
 import dataclasses
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from model import flow, text
 from pipeline import bfloat16, schema, storage, text_stage
+from pipeline.lookup import Lookup, id_array
+from pipeline.sample_stream import Drawn, SampleStream, pack_step
 
 Shape = tuple[int, int, int]
-_ROW_GROUPS_KEPT = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """One sample of the endless stream: a row of the index in one epoch."""
-
-    row: dict[str, Any]
-    epoch: int
-
-    @property
-    def tokens(self) -> int:
-        return self.row["video_tokens"]
-
-
-class SampleStream:
-    """The endless order of samples: each epoch is a permutation by (seed, epoch), the next follows on."""
-
-    def __init__(self, rows: Sequence[dict[str, Any]], seed: int) -> None:
-        assert rows
-        self.rows = sorted(rows, key=lambda row: row["sample_id"])
-        self.seed = seed
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-
-    def __getitem__(self, position: int) -> Drawn:
-        epoch, within = divmod(position, len(self.rows))
-        if self._order[0] != epoch:
-            draw = np.random.default_rng(schema.stable_hash(self.seed, "epoch", epoch))
-            self._order = (epoch, draw.permutation(len(self.rows)))
-        return Drawn(self.rows[self._order[1][within]], epoch)
-
-
-def pack_step(
-    stream: SampleStream, position: int, packs_per_step: int, tokens_per_pack: int
-) -> tuple[list[list[Drawn]], int]:
-    """One step's packs and the position after them.
-
-    Each next sample goes to the emptiest pack; the first that fits nowhere begins the next step. So no
-    pack is empty and their loads differ by less than one sample.
-    """
-    packs: list[list[Drawn]] = [[] for _ in range(packs_per_step)]
-    loads = [0] * packs_per_step
-    while True:
-        drawn = stream[position]
-        emptiest = loads.index(min(loads))
-        if packs[emptiest] and loads[emptiest] + drawn.tokens > tokens_per_pack:
-            return packs, position
-        packs[emptiest].append(drawn)
-        loads[emptiest] += drawn.tokens
-        position += 1
-
-
-def check_budget(rows: Sequence[dict[str, Any]], tokens_per_pack: int, stage_name: str) -> None:
-    largest = max(rows, key=lambda row: row["video_tokens"])
-    if largest["video_tokens"] > tokens_per_pack:
-        raise ValueError(
-            f"stages.{stage_name}: tokens_per_pack is {tokens_per_pack}, but a sample of bucket "
-            f"{largest['bucket']} has {largest['video_tokens']} tokens; raise it or leave that bucket out"
-        )
+_CACHE_BYTES = 2**30
 
 
 @dataclasses.dataclass
@@ -96,6 +41,7 @@ class Batch:
     text_lengths: list[int]
     timestep: Tensor
     sample_ids: list[str]
+    buckets: list[str]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
         moved = {
@@ -111,49 +57,93 @@ class Batch:
         return torch.stack([part.mean() for part in squared.split(counts)])
 
 
+class Reader(Protocol):
+    """Where samples come from: from tables, or made as they are asked for."""
+
+    texts: text_stage.ClipTexts | text_stage.FixedTexts
+    """the prompts that a model trained on them is used with"""
+
+    def latents(self, row: dict[str, Any], epoch: int) -> tuple[Tensor, Tensor]:
+        """HQ and LQ latents of an index row in an epoch, each (T', H', W', 16) fp32."""
+        ...
+
+    def prompt(self, clip_id: str, drops: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor]:
+        """A clip's text input, (L, D) and (P,); dropped encoders' parts are those of ''."""
+        ...
+
+
 class LatentReader:
-    """Samples' latents and texts, by row group, the last few row groups kept."""
+    """Samples' latents and texts, by row group, the last GiB of them kept."""
 
     def __init__(self, data_url: str) -> None:
         self.latents_url = storage.join(data_url, schema.LATENTS)
         self.text_url = storage.join(data_url, schema.TEXT)
-        self.null = text_stage.read_null(data_url)
-        self._kept: OrderedDict[tuple[str, int], list[dict[str, Any]]] = OrderedDict()
-        self._texts: dict[str, tuple[str, int, int]] = {}
-        for file in storage.parquet_files(self.text_url):
-            self._texts |= _places(file)
+        self.texts = text_stage.read_texts(data_url)
+        self._kept: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._kept_bytes = 0
+        self._lock = threading.Lock()  # the thread that reads ahead is not alone
+        self._texts = None if isinstance(self.texts, text_stage.FixedTexts) else TextPlaces(self.text_url)
 
-    def _row_group(self, url: str, number: int) -> list[dict[str, Any]]:
-        key = (url, number)
-        if key not in self._kept:
-            with storage.open_input(url) as file:
-                self._kept[key] = pq.ParquetFile(file).read_row_group(number).to_pylist()
-            while len(self._kept) > _ROW_GROUPS_KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+    def _stored(self, url: str, row_group: int, row: int) -> dict[str, Any]:
+        """One row of a file."""
+        key = (url, row_group)
+        with self._lock:
+            if key not in self._kept:
+                with storage.open_input(url) as file:
+                    self._kept[key] = pq.ParquetFile(file).read_row_group(row_group)
+                self._kept_bytes += self._kept[key].nbytes
+                while self._kept_bytes > _CACHE_BYTES and len(self._kept) > 1:
+                    self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
+            self._kept.move_to_end(key)
+            return self._kept[key].slice(row, 1).to_pylist()[0]
 
-    def latents(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """HQ and LQ latents of an index row, each (T', H', W', 16) fp32."""
-        group = self._row_group(storage.join(self.latents_url, row["file"]), row["row_group"])
-        stored = group[row["row"]]
+    def latents(self, row: dict[str, Any], epoch: int) -> tuple[Tensor, Tensor]:
+        """HQ and LQ latents of an index row, each (T', H', W', 16) fp32: the same in every epoch."""
+        stored = self._stored(storage.join(self.latents_url, row["file"]), row["row_group"], row["row"])
         assert stored["sample_id"] == row["sample_id"]
         return bfloat16.from_columns(stored, "hq_latent"), bfloat16.from_columns(stored, "lq_latent")
 
+    def prompt(self, clip_id: str, drops: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor]:
+        """A clip's text input, (L, D) and (P,), with the parts of dropped encoders replaced by those of ''.
+
+        A fixed prompt has no parts: the negative one takes its place where all three are dropped.
+        """
+        if isinstance(self.texts, text_stage.FixedTexts):
+            return self.texts.prompt(dropped=all(drops))
+        return text.join(self.text(clip_id), self.texts.null, *drops)
+
     def text(self, clip_id: str) -> text.TextEmbedding:
-        file, group, row = self._texts[clip_id]
-        return text_stage.embedding_of(self._row_group(file, group)[row])
+        assert self._texts is not None  # a fixed prompt is none of a clip's own
+        return text_stage.embedding_of(self._stored(*self._texts[clip_id]))
 
 
-def _places(file_url: str) -> dict[str, tuple[str, int, int]]:
-    """Where each clip's row stands in a text file: (file, row group, row)."""
-    places: dict[str, tuple[str, int, int]] = {}
-    with storage.open_input(file_url) as file:
-        parquet = pq.ParquetFile(file)
-        for group in range(parquet.metadata.num_row_groups):
-            ids = parquet.read_row_group(group, columns=["clip_id"]).column("clip_id").to_pylist()
-            places |= {clip_id: (file_url, group, row) for row, clip_id in enumerate(ids)}
-    return places
+class TextPlaces:
+    """Where each clip's row of text/ stands: some 30 bytes a clip."""
+
+    def __init__(self, text_url: str) -> None:
+        self._files = storage.parquet_files(text_url)
+        with ThreadPoolExecutor(16) as pool:
+            parts = list(pool.map(_ids_and_groups, self._files))
+        self._lookup = Lookup(np.concatenate([ids for ids, _ in parts]))
+        files = np.repeat(np.arange(len(parts)), [len(ids) for ids, _ in parts])
+        self._places = np.column_stack([files, np.concatenate([places for _, places in parts])]).astype("i4")
+
+    def __getitem__(self, clip_id: str) -> tuple[str, int, int]:
+        """(URL of the file, row group, row)."""
+        place = self._lookup.find(id_array([clip_id]))[0]
+        if place < 0:
+            raise ValueError(f"text/ has no clip {clip_id}; run precompute again")
+        file, group, row = self._places[place].tolist()
+        return self._files[file], group, row
+
+
+def _ids_and_groups(file_url: str) -> tuple[np.ndarray, np.ndarray]:
+    """The clip ids of a text file, (rows,), and of each its row group and its row there, (rows, 2)."""
+    footer = storage.read_metadata(file_url)
+    sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+    ids = id_array(storage.read_table(file_url, ["clip_id"])["clip_id"].to_pylist())
+    rows = np.concatenate([np.arange(size) for size in sizes])
+    return ids, np.column_stack([np.repeat(np.arange(len(sizes)), sizes), rows])
 
 
 def draw_generator(seed: int, epoch: int, sample_id: str) -> torch.Generator:
@@ -162,11 +152,19 @@ def draw_generator(seed: int, epoch: int, sample_id: str) -> torch.Generator:
 
 
 def training_sample(
-    reader: LatentReader, drawn: Drawn, seed: int, drop_text: bool = True, timestep: float | None = None
+    reader: Reader,
+    drawn: Drawn,
+    seed: int,
+    drop_text: bool = True,
+    timestep: float | None = None,
+    one_step_share: float = 0.0,
 ) -> dict[str, Any]:
-    """One sample with its noise, time, condition noise and text drops drawn. `timestep` fixes the time."""
+    """One sample with its noise, time, condition noise and text drops drawn.
+
+    `timestep` fixes the time. Of the samples, `one_step_share` are pure noise beside a clean condition.
+    """
     generator = draw_generator(seed, drawn.epoch, drawn.row["sample_id"])
-    hq, lq = reader.latents(drawn.row)
+    hq, lq = reader.latents(drawn.row, drawn.epoch)
     shape = (hq.shape[0], hq.shape[1], hq.shape[2])
     hq, lq = hq.flatten(0, 2), lq.flatten(0, 2)
     flowed = flow.training_batch(hq, lq, [shape], generator)
@@ -176,7 +174,10 @@ def training_sample(
         noisy = flow.interpolate(hq, flowed.target + hq, time)
         video = flow.network_input(noisy, flowed.video[:, hq.shape[1] : 2 * hq.shape[1]])
     drops = text.draw_drops(generator) if drop_text else (False, False, False)
-    tokens, pooled = text.join(reader.text(drawn.row["clip_id"]), reader.null, *drops)
+    if one_step_share and torch.rand((), generator=generator) < one_step_share:
+        time = torch.full((1,), flow.MAX_TIME)
+        video = flow.network_input(flowed.target + hq, lq)
+    tokens, pooled = reader.prompt(drawn.row["clip_id"], drops)
     return {
         "video": video,
         "target": flowed.target,
@@ -185,6 +186,7 @@ def training_sample(
         "shape": shape,
         "timestep": time,
         "sample_id": drawn.row["sample_id"],
+        "bucket": drawn.row["bucket"],
     }
 
 
@@ -199,38 +201,53 @@ def collate(samples: Sequence[dict[str, Any]]) -> Batch:
         text_lengths=[len(sample["text"]) for sample in samples],
         timestep=torch.cat([sample["timestep"] for sample in samples]),
         sample_ids=[sample["sample_id"] for sample in samples],
+        buckets=[sample["bucket"] for sample in samples],
     )
 
 
 @dataclasses.dataclass
 class Step:
-    """One rank's share of a step: its packs, the step's sample count, the position after the step."""
+    """One rank's share of a step."""
 
     batches: list[Batch]
+    """its packs"""
     samples: int
+    """of all ranks"""
+    imbalance: float
+    """(max - mean) / mean of the ranks' counted operations"""
     next_position: int
+    """of the stream, after the step"""
 
 
 def rank_steps(
-    reader: LatentReader,
+    reader: Reader,
     stream: SampleStream,
     position: int,
     packs_per_step: int,
     tokens_per_pack: int,
     rank: int,
     world_size: int,
+    one_step_share: float = 0.0,
 ) -> Iterator[Step]:
     """A rank's steps from a position on; packs go to ranks in turn."""
+
+    def sample(position: int) -> dict[str, Any]:
+        return training_sample(reader, stream[position], stream.seed, one_step_share=one_step_share)
+
     while True:
-        packs, position = pack_step(stream, position, packs_per_step, tokens_per_pack)
-        mine = packs[rank::world_size]
-        batches = [collate([training_sample(reader, drawn, stream.seed) for drawn in pack]) for pack in mine]
-        yield Step(batches, sum(len(pack) for pack in packs), position)
+        packed = pack_step(stream, position, packs_per_step, tokens_per_pack)
+        position = packed.next_position
+        yield Step(
+            [collate([sample(one) for one in pack]) for pack in packed.packs[rank::world_size]],
+            sum(map(len, packed.packs)),
+            packed.imbalance(world_size),
+            position,
+        )
 
 
-def read_index(data_url: str) -> list[dict[str, Any]]:
+def read_index(data_url: str) -> pa.Table:
     """Every sample of `latents/_index/`; ValueError if there is none."""
     table = storage.read_folder(storage.join(data_url, schema.LATENTS, schema.INDEX))
     if table is None or not table.num_rows:
         raise ValueError(f"data: {data_url} has no latents; run precompute first")
-    return table.to_pylist()
+    return table

@@ -1,24 +1,109 @@
-"""Video files out: frames of an exact size encoded, sound and subtitles taken over without encoding."""
+"""Video files out: frames of an exact size, encoded with the colours and the time stamps of their source."""
 
-import contextlib
-from collections.abc import Iterator
+import dataclasses
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import av
+import cv2
 import numpy as np
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 
-from pipeline import media
+from pipeline import display, media
+
+Codec = Literal["h264", "prores", "ffv1"]
+# No HEVC: the x265 of these builds writes past its buffers when a process encodes a second, larger size.
+_ENCODERS = {"h264": "libx264", "prores": "prores_ks", "ffv1": "ffv1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Colours:
+    """How a video codes its colours, named as in `media.Probe`."""
+
+    matrix: int = 1
+    """its number in files: 1 is BT.709"""
+    primaries: str = "bt709"
+    transfer: str = "bt709"
+    full_range: bool = False
+
+    @classmethod
+    def of(cls, about: media.Probe) -> "Colours":
+        """Those of a source whose frames come from `display.RgbConverter`: its own, or BT.709 where that maps
+        HDR to standard range, or where the source says nothing."""
+        if about.hdr:
+            return cls(full_range=about.full_range)
+        return cls(
+            matrix=about.color_matrix if about.color_matrix in _MATRICES else cls.matrix,
+            primaries=about.color_primaries or cls.primaries,
+            transfer=about.color_transfer or cls.transfer,
+            full_range=about.full_range,
+        )
+
+
+_MATRICES = {
+    1: Colorspace.ITU709,
+    5: Colorspace.ITU601,
+    6: Colorspace.ITU601,  # SMPTE 170M: the same coefficients
+    7: Colorspace.SMPTE240M,
+    9: Colorspace.BT2020,
+}
+"""Number in files: swscale's constant."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoFormat:
+    """All that determines a video stream but its frames."""
+
+    fps: Fraction | int
+    width: int
+    height: int
+    codec: Codec = "h264"
+    bits: int = 8
+    """8, or 10 (ProRes always has 10)"""
+    crf: int = 16
+    """quality of H.264, lower is better"""
+    colours: Colours = Colours()
+    time_base: Fraction | None = None
+    """None: one tick a frame"""
+
+    @property
+    def pixels(self) -> str:
+        """FFmpeg's name of the pixel format. Odd sizes become 4:4:4, which needs no even sides."""
+        odd = self.width % 2 or self.height % 2
+        if self.codec == "ffv1":
+            return "bgr0" if self.bits == 8 else "gbrp10le"
+        if self.codec == "prores":
+            return "yuv444p10le" if odd else "yuv422p10le"
+        return ("yuv444p" if odd else "yuv420p") + ("" if self.bits == 8 else "10le")
+
+    def add_to(self, container: Any) -> Any:
+        """A new stream of this format in an output container, with its encoder (of one thread, so the same
+        frames give the same bytes)."""
+        fps = Fraction(self.fps).limit_denominator(1_000_000)
+        options = {}
+        if self.codec == "h264":
+            # With its macroblock tree x264 does not always make the same bytes of the same frames.
+            options = {"crf": str(self.crf), "x264-params": "mbtree=0"}
+        stream = container.add_stream(_ENCODERS[self.codec], rate=fps, options=options)
+        stream.width, stream.height, stream.pix_fmt = self.width, self.height, self.pixels
+        context = stream.codec_context
+        stream.time_base = context.time_base = self.time_base or 1 / fps
+        context.thread_count = 1
+        context.color_primaries = _number(ColorPrimaries, self.colours.primaries)
+        context.color_trc = _number(ColorTrc, self.colours.transfer)
+        if self.pixels.startswith("yuv"):
+            context.colorspace = self.colours.matrix
+            context.color_range = ColorRange.JPEG if self.colours.full_range else ColorRange.MPEG
+        return stream
 
 
 class VideoWriter:
-    """Writes uint8 `(H, W, 3)` RGB frames to a video file, at exactly the given size.
+    """Writes uint8 or uint16 `(H, W, 3)` RGB frames to a video file, at exactly the given size.
 
-    Lossless is FFV1 in RGB (name the file .mkv). Otherwise libx264 by default, tagged BT.709, 4:2:0; odd
-    sizes become 4:4:4, which needs no even sides, instead of being padded or cropped. One thread, so the
-    same frames give the same bytes. Without a `pts` frames follow each other at `fps`.
+    FFV1 is lossless, in RGB (name the file .mkv). The others are 4:2:0 (ProRes 4:2:2), tagged with their
+    colours; odd sizes become 4:4:4 instead of being padded or cropped. Without a `pts` frames follow each
+    other at `fps`.
     """
 
     def __init__(
@@ -27,29 +112,17 @@ class VideoWriter:
         fps: Fraction | int,
         width: int,
         height: int,
-        codec: str = "libx264",
-        lossless: bool = False,
+        codec: Codec = "h264",
+        bits: int = 8,
         crf: int = 16,
-        pix_fmt: str | None = None,
+        colours: Colours = Colours(),
         time_base: Fraction | None = None,
-        threads: int = 1,
     ) -> None:
-        odd = width % 2 or height % 2
-        self._size = (width, height)
-        self._format = "bgr0" if lossless else pix_fmt or ("yuv444p" if odd else "yuv420p")
-        self._container = av.open(path, "w")
-        fps = Fraction(fps).limit_denominator(1_000_000)
-        options = {} if lossless else {"crf": str(crf)}
-        name = "ffv1" if lossless else codec
-        stream: Any = self._container.add_stream(name, rate=fps, options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, self._format
-        context = stream.codec_context
-        stream.time_base = context.time_base = time_base or 1 / fps
-        context.thread_count = threads
-        if self._format.startswith("yuv"):
-            context.colorspace, context.color_range = 1, 1  # BT.709, limited range
-            context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        self._stream = stream
+        """The arguments are `VideoFormat`'s."""
+        self._video = VideoFormat(fps, width, height, codec, bits, crf, colours, time_base)
+        # Bit-exact: Matroska would draw its ids at random.
+        self._container = av.open(path, "w", container_options={"fflags": "bitexact"})
+        self._stream = self._video.add_to(self._container)
         self._reformatter = VideoReformatter()
         self._next_pts = 0
 
@@ -66,82 +139,38 @@ class VideoWriter:
     def write(self, frame: np.ndarray, pts: int | None = None) -> None:
         """Append one frame; pts in ticks of time_base (VFR), else the next in line."""
         height, width, _ = frame.shape
-        if (width, height) != self._size:
-            raise ValueError(f"a frame of {width}x{height} in a video of {self._size[0]}x{self._size[1]}")
-        picture = VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        if self._format.startswith("yuv"):
+        video = self._video
+        if (width, height) != (video.width, video.height):
+            raise ValueError(f"a frame of {width}x{height} in a video of {video.width}x{video.height}")
+        given = "rgb24" if frame.dtype == np.uint8 else "rgb48le"
+        picture = VideoFrame.from_ndarray(np.ascontiguousarray(frame), format=given)
+        if video.pixels.startswith("yuv"):
             picture = self._reformatter.reformat(
                 picture,
-                format=self._format,
+                format=video.pixels,
                 src_color_range=ColorRange.JPEG,
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-                interpolation=media.EXACT,
+                dst_colorspace=_MATRICES[video.colours.matrix],
+                dst_color_range=ColorRange.JPEG if video.colours.full_range else ColorRange.MPEG,
+                interpolation=display.EXACT,
                 threads=1,
             )
         else:
-            picture = self._reformatter.reformat(picture, format=self._format, threads=1)
+            picture = self._reformatter.reformat(picture, format=video.pixels, threads=1)
         picture.pts = self._next_pts if pts is None else pts
         picture.time_base = self._stream.codec_context.time_base
         self._next_pts = picture.pts + 1
         self._container.mux(self._stream.encode(picture))
 
 
-def copy_audio(source: str, video_only: str, target: str) -> int:
-    """Write `target`: the pictures of `video_only`, the sound and subtitles of `source`, nothing encoded
-    again. Returns the number of streams taken from `source` (those that the target's container can hold).
-
-    Sound keeps its offset to the pictures: `video_only` starts at 0, so packets are moved by the start
-    time of the source's own video.
-    """
-    with (
-        av.open("file:" + source, options={"format_whitelist": media.DEMUXERS}) as audio,
-        av.open(video_only) as video,
-        av.open(target, "w") as output,
-    ):
-        streams: dict[tuple[int, int], tuple[Any, Fraction]] = {}
-        picture = video.streams.video[0]
-        streams[0, picture.index] = (output.add_stream_from_template(picture), Fraction(0))
-        source_video = audio.streams.video[0] if audio.streams.video else None
-        start = Fraction(0)
-        if source_video is not None and source_video.start_time:
-            start = source_video.start_time * (source_video.time_base or Fraction(0))
-        for stream in [*audio.streams.audio, *audio.streams.subtitles]:
-            if stream.codec_context is None or stream.codec_context.name not in _names(output):
-                continue
-            with contextlib.suppress(ValueError, av.FFmpegError):
-                streams[1, stream.index] = (output.add_stream_from_template(stream), start)
-        for which, packet in _interleave(video, picture, audio):
-            entry = streams.get((which, packet.stream.index))
-            if entry is None or packet.dts is None:
-                continue
-            stream, shift = entry
-            ticks = round(shift / packet.time_base)
-            packet.dts -= ticks
-            packet.pts = None if packet.pts is None else packet.pts - ticks
-            packet.stream = stream
-            output.mux(packet)
-        return len(streams) - 1
+def _number(enum: Any, name: str) -> int:
+    """The number of a colour's name; unspecified where FFmpeg's list here lacks it."""
+    return next((entry.value for entry in enum if entry.name.lower() == name), 2)
 
 
-def _names(output: Any) -> set[str]:
-    """Codec names (of encoders and of the formats they make) that a container can hold."""
-    return {*output.supported_codecs, *(name.split("_")[-1] for name in output.supported_codecs)}
-
-
-def _interleave(video: Any, picture: Any, audio: Any) -> Iterator[tuple[int, Any]]:
-    """Packets of both files, (0, video packet) and (1, source packet), by decoding time."""
-    others = [*audio.streams.audio, *audio.streams.subtitles]
-    queues = [iter(video.demux(picture)), iter(audio.demux(others) if others else [])]
-    heads = [next(queue, None) for queue in queues]
-
-    def time(which: int) -> float:
-        packet = heads[which]
-        if packet is None:
-            return float("inf")
-        return float(packet.dts * packet.time_base) if packet.dts is not None else float("-inf")
-
-    while any(head is not None for head in heads):
-        which = 0 if time(0) <= time(1) else 1
-        yield which, heads[which]
-        heads[which] = next(queues[which], None)
+def png(picture: np.ndarray) -> bytes:
+    """A PNG file of a uint8 or uint16 picture, (H, W), (H, W, 3) RGB or (H, W, 4) RGBA."""
+    order = {3: cv2.COLOR_RGB2BGR, 4: cv2.COLOR_RGBA2BGRA}
+    stored = cv2.cvtColor(picture, order[picture.shape[2]]) if picture.ndim == 3 else picture
+    done, data = cv2.imencode(".png", stored)
+    assert done
+    return data.tobytes()

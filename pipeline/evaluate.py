@@ -1,8 +1,9 @@
 """Restored videos, and the truth where there is one -> a table of metrics that says how it was measured.
 
-PSNR and SSIM against the truth (`pipeline.scores.full_reference` holds the definition) and NIQE without it,
+PSNR, SSIM, LPIPS and DISTS against the truth; NIQE, MUSIQ, CLIP-IQA, DOVER and the warping error without it:
 per clip and as mean with standard error, for any number of methods, each a folder of files named as the
-truth's. The autoencoder's own reconstruction of the truth can be one more method: the ceiling of every
+truth's. Those that are networks (`pipeline.scores.perceptual`) need their weights; without, they are left
+out. The autoencoder's own reconstruction of the truth can be one more method: the ceiling of every
 restoration that goes through it. Everything that changes a number stands in `evaluation.json` beside it.
 """
 
@@ -22,16 +23,19 @@ import torch
 from torch import Tensor
 
 from model import preprocess
-from pipeline import evaluate_tables, media, stage, storage, weights
-from pipeline.restore import IMAGE_ENDINGS, MANIFEST, VIDEO_ENDINGS
+from pipeline import benchmark_sets, evaluate_tables, media, peers, stage, storage, weights
+from pipeline.restore import IMAGE_ENDINGS, MANIFEST, VIDEO_ENDINGS, natural_order
 from pipeline.restorer import reconstruct
 from pipeline.sandbox import Sandbox
-from pipeline.scores import niqe
+from pipeline.scores import niqe, published
 from pipeline.scores.full_reference import full_reference_scores
+from pipeline.scores.perceptual import LearnedMetrics, Networks
+from pipeline.scores.warping import warping_error
 
 CEILING = "VAE(truth)"
 FULL_REFERENCE = ("psnr_rgb", "psnr_y", "ssim_rgb", "ssim_y")
-METRICS = (*FULL_REFERENCE, "niqe")
+METRICS = (*FULL_REFERENCE, "niqe", "warping_error")
+"""What needs no weights."""
 RESULTS = "evaluation"
 
 
@@ -47,6 +51,10 @@ class EvaluateConfig:
     """absolute URL of the folder with the true videos and images (null: only metrics that need none)"""
     reconstruct_with: str | None = None
     """URL of autoencoder weights: what these make of the truth is one more method, the ceiling"""
+    sequences: bool = False
+    """a folder with images in it is one clip, of these frames in the order of their names"""
+    benchmark: str | None = None
+    """name of a set in configs/sets.yaml: checks that it is whole and prints the published numbers beside"""
     enlarge: list[str] = dataclasses.field(default_factory=list)
     """methods whose smaller frames are enlarged (bicubic) to the truth's size before they are measured"""
     every: int = 1
@@ -55,10 +63,14 @@ class EvaluateConfig:
     """measure at most so many frames of a clip (null: all)"""
     border_px: int = 0
     """pixels that are cut off at each side before PSNR and SSIM"""
+    learned: LearnedMetrics = dataclasses.field(default_factory=LearnedMetrics)
+    """weights of LPIPS, DISTS, MUSIQ, CLIP-IQA and DOVER; those without are left out"""
     workers: int = 1
     """processes that measure, one clip of one method at a time"""
     cpus: float = 1.0
     """CPU cores reserved for each of them"""
+    gpus: float = 0.0
+    """GPUs reserved for each of them, for the learned metrics and the autoencoder"""
     decode_seconds: float = 60.0
     """a file of which one frame takes longer to decode becomes an error row"""
     shared_filesystem: bool = False
@@ -74,6 +86,8 @@ class EvaluateConfig:
             raise ValueError("methods: empty; name at least one folder of results")
         if CEILING in self.methods:
             raise ValueError(f"methods: {CEILING!r} is the name of what reconstruct_with gives")
+        if self.benchmark is not None:
+            benchmark_sets.load(self.benchmark)
         if self.reconstruct_with and not self.truth:
             raise ValueError("reconstruct_with: there is nothing to reconstruct without `truth`")
         for key in ("every", "workers"):
@@ -83,31 +97,47 @@ class EvaluateConfig:
         if unknown:
             raise ValueError(f"enlarge: {unknown[0]!r} is none of the methods")
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The columns of the tables, in their order."""
+        found = {*METRICS, *self.learned.columns(bool(self.truth))}
+        return tuple(name for name in evaluate_tables.TITLES if name in found)
 
-def media_files(url: str) -> dict[str, str]:
-    """Videos and images below a folder: relative path without its ending -> URL. ValueError for two files
-    of one name."""
+
+def media_files(url: str, sequences: bool = False) -> dict[str, list[str]]:
+    """Videos and images below a folder: relative path without its ending -> URLs, one, or with `sequences`
+    all images of a folder in the order of their names. Folders whose name begins with "_" are bookkeeping.
+    ValueError for two files of one name."""
     root = storage.check_url(url, "url")
-    found: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
     for file, _, _ in storage.list_files(root):
-        name, ending = posixpath.splitext(file.removeprefix(root).lstrip("/"))
-        if ending.lower() not in VIDEO_ENDINGS | IMAGE_ENDINGS:
+        inner = file.removeprefix(root).lstrip("/")
+        name, ending = posixpath.splitext(inner)
+        bookkeeping = any(part.startswith("_") for part in inner.split("/")[:-1])
+        if bookkeeping or ending.lower() not in VIDEO_ENDINGS | IMAGE_ENDINGS:
             continue
-        if name in found:
-            raise ValueError(f"{file}: {found[name]} has the same name; which of them is to be measured?")
-        found[name] = file
-    return found
+        folder = posixpath.dirname(inner)
+        if sequences and folder and ending.lower() in IMAGE_ENDINGS:
+            found.setdefault(folder, []).append(file)
+        elif name in found:
+            raise ValueError(f"{file}: {found[name][0]} has the same name; which of them is to be measured?")
+        else:
+            found[name] = [file]
+    return {name: sorted(files, key=natural_order) for name, files in found.items()}
 
 
 def plan_rows(config: EvaluateConfig) -> list[dict[str, Any]]:
-    """One row per method and clip: {method, clip, url, truth}; a missing file is a row with `error`."""
-    files = {name: media_files(url) for name, url in config.methods.items()}
-    truth = media_files(config.truth) if config.truth else {}
+    """One row per method and clip: {method, clip, url, truth}, the last two lists of URLs or None; a missing
+    file is a row with `error`."""
+    files = {name: media_files(url, config.sequences) for name, url in config.methods.items()}
+    truth = media_files(config.truth, config.sequences) if config.truth else {}
     if config.truth and not truth:
         raise ValueError(f"truth: no video and no image below {config.truth}")
     clips = sorted(truth) if config.truth else sorted({clip for found in files.values() for clip in found})
     if not clips:
         raise ValueError("methods: none of these folders has a video or an image in it")
+    if config.benchmark is not None:
+        benchmark_sets.check(config.benchmark, len(clips), bool(config.truth))
     rows = []
     for method, found in files.items():
         for clip in clips:
@@ -130,56 +160,78 @@ class Measure:
         self.config = config
         # One child per stream: the truth and the result are read at the same time.
         self.truth_reader, self.reader = Sandbox(config.decode_seconds), Sandbox(config.decode_seconds)
-        self.vae = weights.load_vae(config.reconstruct_with) if config.reconstruct_with else None
+        device = torch.device("cuda" if config.gpus and torch.cuda.is_available() else "cpu")
+        vae = config.reconstruct_with
+        self.vae = weights.load_vae(vae).to(device) if vae is not None else None
+        self.networks = Networks(config.learned, device)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with frames, height, width and a value or null for each metric, or with `error`."""
         result = {**row, "frames": 0, "height": None, "width": None, "note": None}
-        result |= dict.fromkeys(METRICS)
+        result |= dict.fromkeys(self.config.metrics)
         if not row["error"]:
             try:
                 result |= self._scores(row)
             except (ValueError, OSError) as error:
-                result["error"] = f"{row['method']}: {row['url'] or row['truth']}: {error}"
+                result["error"] = f"{row['method']}: {place(row['url'] or row['truth'])}: {error}"
         return {"result": result}
 
     def _scores(self, row: dict[str, Any]) -> dict[str, Any]:
         per_frame: list[dict[str, float | None]] = []
         shape: tuple[int, ...] = ()
+        before: tuple[np.ndarray, np.ndarray | None] | None = None
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
+            learned = self.networks.clip(self._measured_frames(row, folder))
             for index, (frame, truth) in enumerate(self._pairs(row, folder, stack)):
                 limit = self.config.max_frames
                 if limit is not None and len(per_frame) >= limit:
                     break
                 if index % self.config.every == 0:
                     shape = frame.shape
-                    per_frame.append(self._frame_scores(frame, truth))
+                    per_frame.append(self._frame_scores(frame, truth, before))
+                    learned.push(frame, truth)
+                before = (frame, truth)
         if not per_frame:
             raise ValueError("there is no frame in it")
-        return {"frames": len(per_frame), "height": shape[0], "width": shape[1], **summarise(per_frame)}
+        size = {"frames": len(per_frame), "height": shape[0], "width": shape[1]}
+        return {**size, **summarise(per_frame), **learned.finish()}
 
-    def _frame_scores(self, frame: np.ndarray, truth: np.ndarray | None) -> dict[str, float | None]:
-        scores: dict[str, float | None] = {"niqe": niqe_or_none(frame)}
+    def _measured_frames(self, row: dict[str, Any], folder: str) -> int:
+        """How many frames of a clip will be measured; only DOVER must know, so it is counted only then."""
+        if self.networks.dover is None:
+            return 0
+        with ExitStack() as stack:
+            urls = row["url"] or row["truth"]
+            count = len(urls)
+            if count == 1:
+                count = sum(1 for _ in read(self.reader, urls, folder, stack, max_side=64))
+        count = -(-count // self.config.every)
+        return count if self.config.max_frames is None else min(count, self.config.max_frames)
+
+    def _frame_scores(
+        self, frame: np.ndarray, truth: np.ndarray | None, before: tuple[np.ndarray, np.ndarray | None] | None
+    ) -> dict[str, float | None]:
+        scores: dict[str, float | None] = {"niqe": niqe_or_none(frame), "warping_error": None}
         if truth is not None:
             scores |= full_reference_scores(frame, truth, self.config.border_px)
+        if before is not None:
+            scores["warping_error"] = warping_error(before[0], frame, before[1], truth)
         return scores
 
     def _pairs(
         self, row: dict[str, Any], folder: str, stack: ExitStack
     ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """(measured frame, true frame or None); ValueError where the two do not match."""
-        truth_path = stack.enter_context(storage.local_copy(row["truth"], folder)) if row["truth"] else None
+        truths = read(self.truth_reader, row["truth"], folder, stack) if row["truth"] else None
         if row["url"] is None:
-            assert truth_path is not None
-            yield from self._reconstructed(truth_path)
+            assert truths is not None
+            yield from self._reconstructed(truths)
             return
-        path = stack.enter_context(storage.local_copy(row["url"], folder))
-        frames = self.reader.stream(media.decode_frames, path)
-        if truth_path is None:
+        frames = read(self.reader, row["url"], folder, stack)
+        if truths is None:
             yield from ((frame, None) for frame in frames)
             return
-        truths = self.truth_reader.stream(media.decode_frames, truth_path)
         enlarge = row["method"] in self.config.enlarge
         for index, (frame, truth) in enumerate(itertools.zip_longest(frames, truths)):
             if frame is None or truth is None:
@@ -192,17 +244,40 @@ class Measure:
                 raise ValueError(f"frame {index} is {sizes[0]}, the truth's is {sizes[1]}")
             yield frame, truth
 
-    def _reconstructed(self, truth_path: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _reconstructed(self, truths: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         assert self.vae is not None
         waiting: deque[np.ndarray] = deque()
 
-        def truths() -> Iterator[np.ndarray]:
-            for frame in self.truth_reader.stream(media.decode_frames, truth_path):
+        def kept() -> Iterator[np.ndarray]:
+            for frame in truths:
                 waiting.append(frame)
                 yield frame
 
-        for frames in reconstruct(self.vae, truths()):
+        for frames in reconstruct(self.vae, kept()):
             yield from ((frame, waiting.popleft()) for frame in frames)
+
+
+def read(
+    reader: Sandbox, urls: list[str], folder: str, stack: ExitStack, max_side: int | None = None
+) -> Iterator[np.ndarray]:
+    """The frames of a file (shrunk to `max_side`), or of a sequence of image files; ValueError that names the
+    image."""
+    if len(urls) == 1:
+        path = stack.enter_context(storage.local_copy(urls[0], folder))
+        yield from reader.stream(media.decode_frames, path, max_side=max_side)
+        return
+    for url in urls:
+        with storage.local_copy(url, folder) as path:
+            try:
+                picture = reader.call(media.load_image, path)
+            except ValueError as error:
+                raise ValueError(f"{posixpath.basename(url)}: {error}") from None
+        yield picture
+
+
+def place(urls: list[str]) -> str:
+    """A file, or the folder of a sequence."""
+    return urls[0] if len(urls) == 1 else posixpath.dirname(urls[0])
 
 
 def bicubic(frame: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -243,6 +318,13 @@ def protocol(config: EvaluateConfig) -> dict[str, Any]:
         "psnr": "mean over frames of 10 log10(255^2 / MSE); rgb: all channels; y: BT.601 luma, 16 to 235",
         "ssim": "Gaussian window 11, sigma 1.5, valid positions; rgb: mean of the channels",
         "niqe": "on luma, mean over frames, lower is better",
+        "warping error": "1000 x mean squared difference of neighbouring frames along DIS flow (of the truth "
+        "where there is one), visible pixels, lower is better",
+        "lpips, dists, musiq, clip-iqa": "RGB, whole frames without the border cut, mean over frames",
+        "dover": "whole video of the measured frames; technical score x100 and fused score in 0 to 1",
+        "weights": config.learned.hashes(),
+        "left out": config.learned.left_out(bool(config.truth)),
+        "benchmark": config.benchmark,
         "enlarged (bicubic)": config.enlarge,
     }
     if config.reconstruct_with:
@@ -265,6 +347,25 @@ def models_of(url: str) -> dict[str, list[str]]:
     return found
 
 
+def tables(config: EvaluateConfig, result: dict[str, Any]) -> dict[str, str]:
+    """File ending: text. Of a known benchmark the LaTeX and the Markdown show the published rows too."""
+    texts = {
+        "md": evaluate_tables.markdown(result, config.metrics, CEILING),
+        "html": evaluate_tables.html_page(result, config.metrics, CEILING),
+        "tex": evaluate_tables.latex_means(result["means"], config.metrics, CEILING),
+    }
+    if config.benchmark is not None:
+        columns = tuple(dict.fromkeys([*published.METRICS, *config.metrics]))
+        means = [{**dict.fromkeys(columns, evaluate_tables.NOTHING), **row} for row in result["means"]]
+        beside = [*published.rows_of(config.benchmark, columns), *means]
+        heading = f"\n## Beside the SeedVR paper's table 1, {config.benchmark}\n\n"
+        texts["md"] += heading + evaluate_tables.markdown_means(beside, columns, CEILING) + "\n"
+        texts["tex"] = evaluate_tables.latex_means(beside, columns, CEILING)
+        page = evaluate_tables.html_means(beside, columns, CEILING)
+        texts["html"] = texts["html"].replace("</html>", f"<h2>Beside the paper</h2>{page}</html>")
+    return texts
+
+
 def run(config: EvaluateConfig) -> stage.Summary:
     """Measure every clip of every method; write the tables and the summary."""
     planned = plan_rows(config)
@@ -276,20 +377,21 @@ def run(config: EvaluateConfig) -> stage.Summary:
             fn_constructor_args=(config,),
             compute=ray.data.ActorPoolStrategy(size=min(config.workers, len(planned))),
             num_cpus=config.cpus,
+            num_gpus=config.gpus,
         )
         dataset.set_name("evaluate")
         rows = sorted(
             (item["result"] for item in dataset.take_all()), key=lambda row: (row["method"], row["clip"])
         )
-        means = evaluate_tables.means(rows, METRICS)
-        result = {"protocol": protocol(config), "means": means, "clips": rows}
+        means = evaluate_tables.means(rows, config.metrics)
+        costs = {name: peers.cost_of(storage.check_url(url, name)) for name, url in config.methods.items()}
+        result = {"protocol": protocol(config), "means": means, "clips": rows, "costs": costs}
         storage.write_json(storage.join(config.output, f"{RESULTS}.json"), result)
-        for ending, text in (
-            ("md", evaluate_tables.markdown(result, METRICS, CEILING)),
-            ("html", evaluate_tables.html_page(result, METRICS, CEILING)),
-        ):
+        for ending, text in tables(config, result).items():
             storage.write_bytes(storage.join(config.output, f"{RESULTS}.{ending}"), text.encode())
-        print(evaluate_tables.markdown_means(means, METRICS, CEILING), flush=True)
+        print(evaluate_tables.markdown_means(means, config.metrics, CEILING), flush=True)
+        if left_out := config.learned.left_out(bool(config.truth)):
+            print(left_out, flush=True)
         for row in rows:
             if row["error"]:
                 print(f"not measured: {row['error']}", flush=True)

@@ -9,10 +9,18 @@ TITLES = {
     "psnr_y": "PSNR Y ↑",
     "ssim_rgb": "SSIM RGB ↑",
     "ssim_y": "SSIM Y ↑",
+    "lpips": "LPIPS ↓",
+    "dists": "DISTS ↓",
     "niqe": "NIQE ↓",
+    "musiq": "MUSIQ ↑",
+    "clip_iqa": "CLIP-IQA ↑",
+    "dover_technical_x100": "DOVER technical x100 ↑",
+    "dover_overall": "DOVER overall ↑",
+    "warping_error": "warping error x1000 ↓",
 }
-DECIMALS = {"psnr_rgb": 2, "psnr_y": 2, "ssim_rgb": 4, "ssim_y": 4, "niqe": 2}
-LOWER_IS_BETTER = frozenset({"niqe"})
+DECIMALS = {"psnr_rgb": 2, "psnr_y": 2, "ssim_rgb": 4, "ssim_y": 4, "niqe": 2, "musiq": 2}
+LOWER_IS_BETTER = frozenset({"lpips", "dists", "niqe", "warping_error"})
+NOTHING: dict[str, Any] = {"mean": None, "standard_error": None, "clips": 0}
 
 
 def means(rows: list[dict[str, Any]], metrics: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -32,7 +40,7 @@ def means(rows: list[dict[str, Any]], metrics: tuple[str, ...]) -> list[dict[str
 def _mean(values: list[float]) -> dict[str, Any]:
     count = len(values)
     if not count:
-        return {"mean": None, "standard_error": None, "clips": 0}
+        return dict(NOTHING)
     mean = sum(values) / count
     error = None
     if count > 1:
@@ -59,22 +67,91 @@ def mean_text(entry: dict[str, Any], metric: str) -> str:
     return text if error is None else f"{text} ± {value_text(error, metric)}"
 
 
+MARKDOWN = (("**", "**"), ("<u>", "</u>"))
+HTML = (("<b>", "</b>"), ("<u>", "</u>"))
+LATEX = (("\\textbf{", "}"), ("\\underline{", "}"))
+"""What stands around the best and the second."""
+
+Marks = tuple[tuple[str, str], tuple[str, str]]
+
+
+def marked_cells(
+    table: list[dict[str, Any]], metrics: tuple[str, ...], ceiling: str, marks: Marks
+) -> list[list[str]]:
+    """A text per method and metric, the best and (of three or more) the second marked."""
+    places = {metric: ranks(table, metric, ceiling) for metric in metrics}
+    return [
+        [_marked(mean_text(row[m], m), places[m], row["method"], *marks) for m in metrics] for row in table
+    ]
+
+
 def markdown_means(table: list[dict[str, Any]], metrics: tuple[str, ...], ceiling: str) -> str:
     """The means: best bold, second underlined where there are three or more."""
-    places = {metric: ranks(table, metric, ceiling) for metric in metrics}
     lines = [
         "| method | clips | " + " | ".join(TITLES.get(metric, metric) for metric in metrics) + " |",
         "|---|---:|" + "---:|" * len(metrics),
     ]
-    for row in table:
-        cells = [
-            _marked(
-                mean_text(row[metric], metric), places[metric], row["method"], ("**", "**"), ("<u>", "</u>")
-            )
-            for metric in metrics
-        ]
-        lines.append(f"| {row['method']} | {row['clips']} | " + " | ".join(cells) + " |")
+    for row, cells in zip(table, marked_cells(table, metrics, ceiling, MARKDOWN), strict=True):
+        clips = "" if row["clips"] is None else row["clips"]
+        lines.append(f"| {row['method']} | {clips} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def latex_means(table: list[dict[str, Any]], metrics: tuple[str, ...], ceiling: str) -> str:
+    """The same for a paper: a `tabular` (booktabs)."""
+    lines = ["\\begin{tabular}{l" + "r" * len(metrics) + "}", "\\toprule"]
+    titles = [TITLES.get(metric, metric) for metric in metrics]
+    rows = [["method", *titles]]
+    cells = marked_cells(table, metrics, ceiling, LATEX)
+    rows += [[row["method"], *texts] for row, texts in zip(table, cells, strict=True)]
+    for index, row in enumerate(rows):
+        lines.append(" & ".join(map(_latex, row)) + " \\\\")
+        if index == 0:
+            lines.append("\\midrule")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+
+
+def markdown_costs(costs: dict[str, dict[str, Any] | None]) -> list[str]:
+    """Lines of a table of time, memory and size for the methods whose cost is known."""
+    known = {method: cost for method, cost in costs.items() if cost}
+    if not known:
+        return []
+    lines = [
+        "## What it costs",
+        "",
+        "| method | s a frame | peak memory GiB | parameters M |",
+        "|---|---:|---:|---:|",
+    ]
+    for method, cost in known.items():
+        cells = [
+            value_text(cost.get(key), key) for key in ("seconds_per_frame", "peak_memory_gib", "parameters_m")
+        ]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _latex(text: str) -> str:
+    signs = {
+        "↑": "$\\uparrow$",
+        "↓": "$\\downarrow$",
+        "±": "$\\pm$",
+        "–": "--",
+        "_": "\\_",
+        "&": "\\&",
+        "%": "\\%",
+    }
+    return "".join(signs.get(character, character) for character in text)
+
+
+def html_means(table: list[dict[str, Any]], metrics: tuple[str, ...], ceiling: str) -> str:
+    """The same as an HTML table."""
+    head = "".join(f"<th>{html.escape(TITLES.get(metric, metric))}</th>" for metric in metrics)
+    rows = []
+    for row, cells in zip(table, marked_cells(table, metrics, ceiling, HTML), strict=True):
+        clips = "" if row["clips"] is None else row["clips"]
+        texts = "".join(f"<td>{cell}</td>" for cell in cells)
+        rows.append(f"<tr><td>{html.escape(row['method'])}</td><td>{clips}</td>{texts}</tr>")
+    return f"<table><tr><th>method</th><th>clips</th>{head}</tr>{''.join(rows)}</table>"
 
 
 def _marked(
@@ -92,6 +169,7 @@ def markdown(result: dict[str, Any], metrics: tuple[str, ...], ceiling: str) -> 
     lines = ["# Evaluation", "", markdown_means(result["means"], metrics, ceiling), ""]
     lines += ["Mean over clips ± standard error. Best bold, second underlined; the autoencoder's own", ""]
     lines[-2] += " reconstruction is a ceiling and takes no part."
+    lines += markdown_costs(result.get("costs", {}))
     lines += ["## How it was measured", ""]
     lines += [f"- {key}: {value}" for key, value in result["protocol"].items()]
     lines += ["", "## Clips", ""]
@@ -106,24 +184,7 @@ def markdown(result: dict[str, Any], metrics: tuple[str, ...], ceiling: str) -> 
 
 def html_page(result: dict[str, Any], metrics: tuple[str, ...], ceiling: str) -> str:
     """The same as one static page without scripts."""
-    table = result["means"]
-    places = {metric: ranks(table, metric, ceiling) for metric in metrics}
     head = "".join(f"<th>{html.escape(TITLES.get(metric, metric))}</th>" for metric in metrics)
-    rows = []
-    for row in table:
-        cells = "".join(
-            "<td>"
-            + _marked(
-                mean_text(row[metric], metric),
-                places[metric],
-                row["method"],
-                ("<b>", "</b>"),
-                ("<u>", "</u>"),
-            )
-            + "</td>"
-            for metric in metrics
-        )
-        rows.append(f"<tr><td>{html.escape(row['method'])}</td><td>{row['clips']}</td>{cells}</tr>")
     clips = []
     for row in result["clips"]:
         cells = "".join(f"<td>{value_text(row[metric], metric)}</td>" for metric in metrics)
@@ -138,7 +199,7 @@ def html_page(result: dict[str, Any], metrics: tuple[str, ...], ceiling: str) ->
         "body{font:15px sans-serif;margin:2em;max-width:70em}table{border-collapse:collapse;margin:1em 0}"
         "td,th{padding:.3em .7em;border-bottom:1px solid #ccc;text-align:right}"
         "td:first-child,th:first-child{text-align:left}</style><h1>Evaluation</h1>"
-        f"<table><tr><th>method</th><th>clips</th>{head}</tr>{''.join(rows)}</table>"
+        f"{html_means(result['means'], metrics, ceiling)}"
         "<p>Mean over clips ± standard error; best bold, second underlined.</p>"
         f"<h2>How it was measured</h2><ul>{how}</ul><h2>Clips</h2>"
         f"<table><tr><th>method</th><th>clip</th><th>frames</th>{head}<th></th></tr>{''.join(clips)}</table></html>\n"

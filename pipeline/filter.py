@@ -1,24 +1,31 @@
-"""Filter: measure every clip, then decide. clips/ -> scores/ (every score) -> selection/ (keep or not, why).
+"""Filter: measure every clip, then decide. clips/ -> scores/, learned_scores/ -> selection/ (keep, why not).
 
-Scores are kept for every clip, so thresholds can change without measuring again: `--rethreshold` rebuilds
-selection/ from scores/ in seconds. Near-duplicates are found by perceptual hash; no shot and no twin is
-both in training and held out.
+Scores that need no weights are measured of every clip, scores by networks of those that pass. All are kept,
+so thresholds can change without measuring again: `--rethreshold` rebuilds selection/ from them in seconds.
+Near-duplicates are found by perceptual hash; no shot and no twin is both in training and held out.
 """
 
 import dataclasses
-import tempfile
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from fractions import Fraction
+from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from pipeline import schema, selection, shards, stage, storage
+from pipeline import metrics, schema, score_page, selection, shards, sources, stage, storage
 from pipeline.sandbox import MediaError
 from pipeline.sandbox import shared as shared_sandbox
-from pipeline.scores import technical
+from pipeline.scores import scorers, technical
+from pipeline.scores.scorers import ScorersConfig
 from pipeline.selection import Threshold
 
-_SELECTION_FILE = "part-selection.parquet"
-_HISTOGRAM_ABOVE = 2000
+SELECTION_FILE = "part-selection.parquet"
+_PAGE = "scores.html"
+_DECIDING_FIELDS = ("clip_id", "uri", "source_id", "start_s", "width", "height", "phash", "error")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +36,11 @@ class FilterConfig:
     """absolute URL of the data root that holds clips/; scores/ and selection/ are written there"""
     thresholds: dict[str, Threshold]
     """by score: sharpness, exposure, exposure_range, contrast, clipped_share, motion, static_share,
-    border_share, blockiness, bits_per_pixel, niqe. A clip without a score (an image has no motion)
-    passes its threshold."""
+    border_share, blockiness, bits_per_pixel, niqe; of networks aesthetic, clip_iqa, fast_vqa, musiq,
+    dover_technical, dover_aesthetic, dover_overall. A clip that a score says nothing of (an image has no
+    motion) passes its threshold."""
+    scorers: ScorersConfig = dataclasses.field(default_factory=ScorersConfig)
+    """the networks that score what the weight-free thresholds let pass (default: none)"""
     held_out: list[str] = dataclasses.field(default_factory=list)
     """globs of file names kept from training, or shots of a file by the seconds in which they begin:
     "name.mp4@12.5-20" """
@@ -40,7 +50,7 @@ class FilterConfig:
     """clips of two sources whose 64-bit perceptual hashes differ in at most so many bits (0 to 3) are twins,
     of which the largest stays (null: do not look for twins)"""
     sampled_frames: int = 8
-    """frames of full size that are measured in a clip"""
+    """frames of a clip that are measured in full size, each also against the frame after it"""
     niqe_frames: int = 2
     """how many of those NIQE gets: it takes longest"""
     clips_per_shard: int = 64
@@ -56,11 +66,13 @@ class FilterConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", storage.check_url(self.data, "data"))
-        unknown = sorted(set(self.thresholds) - set(technical.SCORES))
-        if unknown:
-            raise ValueError(
-                f"thresholds.{unknown[0]}: no such score; there are {', '.join(technical.SCORES)}"
-            )
+        learned = {column: name for name, columns in schema.LEARNED_SCORES.items() for column in columns}
+        for score in sorted(set(self.thresholds) - set(technical.SCORES)):
+            if score not in learned:
+                known = ", ".join([*technical.SCORES, *learned])
+                raise ValueError(f"thresholds.{score}: no such score; there are {known}")
+            if learned[score] not in self.scorers.names:
+                raise ValueError(f"thresholds.{score}: set scorers.{learned[score]} to its weights")
         most = selection.MAX_DUPLICATE_DISTANCE
         if self.duplicate_bits is not None and not 0 <= self.duplicate_bits <= most:
             raise ValueError(f"duplicate_bits: {self.duplicate_bits} is not within 0 to {most}")
@@ -69,22 +81,59 @@ class FilterConfig:
     @property
     def fingerprint(self) -> str:
         return schema.fingerprint(
-            scores=list(technical.SCORES), frames=self.sampled_frames, niqe=self.niqe_frames
+            scores=list(technical.SCORES),
+            version=technical.VERSION,
+            frames=self.sampled_frames,
+            niqe=self.niqe_frames,
         )
 
 
-def score_clip(clip: dict[str, Any], config: FilterConfig) -> dict[str, Any]:
-    """One row of scores/."""
-    row = schema.empty_row(SCORES_SCHEMA, clip_id=clip["clip_id"])
-    if clip["error"] is not None:
-        return {**row, "error": clip["error"]}
-    sandbox = shared_sandbox(config.decode_seconds)
+_GAP_S = 5.0  # a longer way from one clip to the next is sought, not decoded
+
+
+def score_clips(clips: list[dict[str, Any]], config: FilterConfig) -> list[dict[str, Any]]:
+    """Rows of scores/; clips that follow each other in one source share one decode of it."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in _runs([clip for clip in clips if clip["error"] is None]):
+        made = _score_run(run, config)
+        if len(made) < len(run):  # each of the others on its own: its error is not its neighbours'
+            made += [row for clip in run[len(made) :] for row in _score_run([clip], config)]
+        found |= {clip["clip_id"]: row for clip, row in zip(run, made, strict=True)}
+    rows = []
+    for clip in clips:
+        row = found.get(clip["clip_id"], {"error": clip["error"]})
+        rows.append(schema.empty_row(SCORES_SCHEMA, clip_id=clip["clip_id"], **row))
+    return rows
+
+
+def _runs(clips: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The clips in order of source and time, those that can be decoded in one go together."""
+    runs: list[list[dict[str, Any]]] = []
+    for clip in sorted(clips, key=lambda clip: (clip["uri"], clip["start_pts"] or 0, clip["clip_id"])):
+        before = runs[-1][-1] if runs else clip
+        if runs and before["uri"] == clip["uri"] and None not in (before["end_pts"], clip["start_pts"]):
+            gap_s = (clip["start_pts"] - before["end_pts"]) * Fraction(clip["time_base"])
+            if clip["media"] == "video" and 0 <= gap_s <= _GAP_S:
+                runs[-1].append(clip)
+                continue
+        runs.append([clip])
+    return runs
+
+
+def _score_run(clips: list[dict[str, Any]], config: FilterConfig) -> list[dict[str, Any]]:
+    """Scores, or the error, of each clip of a run; fewer than there are if a run of several fails."""
+    sandbox, made = shared_sandbox(config.decode_seconds), list[dict[str, Any]]()
+    frames = config.sampled_frames, config.niqe_frames
     try:
-        with storage.local_copy(clip["uri"], tempfile.gettempdir()) as path:
-            row |= sandbox.call(technical.measure_clip, clip, path, config.sampled_frames, config.niqe_frames)
-        return {**row, "bits_per_pixel": technical.bits_per_pixel(clip)}
+        with sources.local_file(clips[0]["uri"], clips[0]["source_etag"]) as path:
+            for clip, row in zip(
+                clips, sandbox.stream(technical.measure_clips, clips, path, *frames), strict=False
+            ):
+                made.append({**row, "bits_per_pixel": technical.bits_per_pixel(clip)})
     except (MediaError, OSError) as error:
-        return {**row, "error": str(error)}
+        if len(clips) == 1:
+            made.append({"error": str(error)})
+    return made
 
 
 SCORES_SCHEMA = schema.scores_schema(list(technical.SCORES))
@@ -94,63 +143,163 @@ def score_shard(row: dict[str, Any], config: FilterConfig) -> dict[str, Any]:
     """One task: the scores of one shard's clips."""
     table_schema = schema.with_fingerprint(SCORES_SCHEMA, config.fingerprint)
     folder = storage.join(config.data, schema.SCORES)
-    return shards.make_shard(
-        folder, row["shard"], table_schema, lambda clips: [score_clip(clip, config) for clip in clips]
-    )
+    return shards.make_shard(folder, row["shard"], table_schema, lambda clips: score_clips(clips, config))
 
 
-def rebuild_selection(config: FilterConfig, summary: stage.Summary) -> None:
-    """Write selection/ anew from clips/ and scores/, and count."""
-    clips = read_clips(config.data)
-    table = storage.read_folder(storage.join(config.data, schema.SCORES))
-    scores = {} if table is None else {row["clip_id"]: row for row in table.to_pylist()}
-    rows = selection.select(
-        clips,
-        scores,
-        config.thresholds,
-        config.duplicate_bits,
-        config.held_out,
-        config.held_out_share,
-    )
-    chosen = pa.Table.from_pylist(rows, schema=schema.SELECTION_SCHEMA)
-    url = storage.join(config.data, schema.SELECTION, _SELECTION_FILE)
-    storage.write_table(url, [chosen], schema.SELECTION_SCHEMA)
-    kept = [row for row in rows if row["keep"]]
-    summary.rows_in, summary.rows_kept = len(clips), len(kept)
-    summary.errors = sum(1 for clip in clips if clip["error"] is not None)
-    summary.rejected = shards.count_reasons([row["reject_reason"] for row in rows])
-    summary.details |= {
-        "held out": sum(row["split"] == "held_out" for row in kept),
-        "clips without scores yet": sum(clip["clip_id"] not in scores for clip in clips),
+def read_decided(config: FilterConfig, made_by: list[str], files: list[str]) -> selection.Clips:
+    """What deciding needs of the clips in these files of clips/, with every score that is there.
+
+    made_by: the learned scorers of this config, as "name-<fingerprint>".
+    """
+    columns = {scorer: scorers.columns_of(scorer) for scorer in made_by}
+    clips = selection.Clips(config.thresholds, config.held_out, columns)
+    for file in files:
+        clips.add(storage.read_table(file, list(_DECIDING_FIELDS)))
+    clips.close()
+    weight_free = [name for name in config.thresholds if name in technical.SCORES]
+    for table in storage.iterate_folder(
+        storage.join(config.data, schema.SCORES), ["clip_id", *weight_free, "error"]
+    ):
+        clips.judge(table)
+    clips.ask()
+    for file, found in learned_files(config.data, made_by):
+        clips.judge_learned(storage.read_table(file), found)
+    return clips
+
+
+def learned_files(data_url: str, made_by: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """(file, what made its rows) of learned_scores/, of those that any of these scorers made."""
+    root = storage.join(data_url, schema.LEARNED)
+    for file in storage.parquet_files(root) if made_by else ():
+        found = scorers.makers(file.removeprefix(root + "/").split("/")[0])
+        if set(found) & set(made_by):
+            yield file, found
+
+
+def score_learned(config: FilterConfig, made_by: list[str], files: list[str]) -> list[dict[str, Any]]:
+    """Give every clip that passes the weight-free scores the learned ones that it lacks; shards' reports."""
+    lacking = read_decided(config, made_by, files).lacking
+    reports: list[dict[str, Any]] = []
+    if not lacking.any():
+        return reports
+    from pipeline.scores import learned  # the networks' libraries, which all other filtering does without
+
+    for bits in map(int, np.unique(lacking[lacking > 0])):
+        wanted = [scorer for bit, scorer in enumerate(made_by) if bits >> bit & 1]
+        folder = storage.join(config.data, schema.LEARNED, scorers.folder_of(wanted))
+        fingerprint = schema.fingerprint(scorers=sorted(wanted))
+        rows = (row for row, own in zip(_rows_of(files), lacking, strict=True) if own == bits)
+        size = config.scorers.clips_per_shard
+        planned = shards.plan(folder, rows, "clip_id", fingerprint, size, near=itemgetter("source_id"))
+        reports += stage.run_shards(
+            planned.pending,
+            learned.ScoreShard,
+            f"filter: {', '.join(map(scorers.name_of, wanted))}",
+            config.scorers.actors,
+            constructor_args=(config.scorers, wanted, folder, fingerprint, config.decode_seconds),
+            num_cpus=config.scorers.actor_cpus,
+            num_gpus=config.scorers.actor_gpus,
+        )
+    return reports
+
+
+def _rows_of(files: list[str]) -> Iterator[dict[str, Any]]:
+    for file in files:
+        yield from storage.read_table(file).to_pylist()
+
+
+def rebuild_selection(config: FilterConfig, made_by: list[str], summary: stage.Summary) -> None:
+    """Write selection/ anew from clips/ and the scores that are there, and count."""
+    # The list is made once: each pass must see the same files in the same order.
+    files = storage.parquet_files(storage.join(config.data, schema.CLIPS))
+    clips = read_decided(config, made_by, files)
+    clips.settle()
+    decision = selection.decide(clips, config.duplicate_bits, config.held_out_share)
+    reasons: Counter[str] = Counter()
+
+    def tables() -> Iterator[pa.Table]:
+        first = 0
+        for file in files:
+            table = storage.read_table(file, ["clip_id", "error"])
+            rows = selection.rows(clips, decision, first, table)
+            first += len(rows)
+            reasons.update(shards.count_reasons([row["reject_reason"] for row in rows]))
+            summary.rows_kept += sum(row["keep"] for row in rows)
+            held_out = sum(row["keep"] and row["split"] == "held_out" for row in rows)
+            summary.details["held out"] = summary.details.get("held out", 0) + held_out
+            summary.errors += sum(error is not None for error in table["error"].to_pylist())
+            yield pa.Table.from_pylist(rows, schema=schema.SELECTION_SCHEMA)
+
+    url = storage.join(config.data, schema.SELECTION, SELECTION_FILE)
+    storage.write_table(url, shards.joined(tables()), schema.SELECTION_SCHEMA)
+    summary.rows_in = len(clips)
+    summary.rejected = dict(reasons.most_common())
+    summary.details["clips without scores yet"] = clips.not_scored
+    if config.scorers.names:
+        summary.details["clips without learned scores yet"] = int((clips.lacking > 0).sum())
+    metrics.count_rejected(summary.rejected)
+    spreads = read_spreads(config, made_by)
+    shown = score_page.page(spreads, summary.rejected, len(clips), summary.rows_kept)
+    page_url = storage.join(config.data, schema.SELECTION, _PAGE)
+    storage.write_bytes(page_url, shown.encode())
+    summary.details["histograms"] = page_url
+
+
+def read_spreads(config: FilterConfig, made_by: list[str]) -> dict[str, score_page.Spread]:
+    """Every score's values over all clips, beside its threshold."""
+    meanings = technical.SCORES | schema.LEARNED_MEANINGS
+    spreads = {
+        name: score_page.Spread(meaning, config.thresholds.get(name, Threshold()))
+        for name, meaning in meanings.items()
     }
-    if len(scores) <= _HISTOGRAM_ABOVE:
-        values = {
-            name: [row[name] for row in scores.values() if row[name] is not None] for name in technical.SCORES
-        }
-        summary.details["scores"] = values
+    weight_free = list(technical.SCORES)
+    parts = itertools.chain(
+        ((file, weight_free) for file in storage.parquet_files(storage.join(config.data, schema.SCORES))),
+        (
+            (file, [column for one in found if one in made_by for column in scorers.columns_of(one)])
+            for file, found in learned_files(config.data, made_by)
+        ),
+    )
+    for file, columns in parts:
+        table = storage.read_table(file, columns)
+        for name in columns:
+            spreads[name].add(table[name].drop_null().to_numpy())
+    return spreads
 
 
-def read_clips(data_url: str) -> list[dict[str, Any]]:
-    table = storage.read_folder(storage.join(data_url, schema.CLIPS))
-    if table is None:
+def iterate_clips(data_url: str) -> Iterator[dict[str, Any]]:
+    """Every row of clips/; ValueError if there is none."""
+    files = storage.parquet_files(storage.join(data_url, schema.CLIPS))
+    if not files:
         raise ValueError(f"data: {data_url} has no clips/; run ingest first")
-    return table.to_pylist()
+    yield from _rows_of(files)
 
 
 def run(config: FilterConfig) -> stage.Summary:
     """Score what has no scores yet, then decide for all."""
-    clips = read_clips(config.data)
     folder = storage.join(config.data, schema.SCORES)
+    files = storage.parquet_files(storage.join(config.data, schema.CLIPS))
+    if not files:
+        raise ValueError(f"data: {config.data} has no clips/; run ingest first")
+    made_by = list(scorers.fingerprints(config.scorers).values())
 
     def work(summary: stage.Summary) -> None:
         stage.check_shared(config.data, config.shared_filesystem, "data")
         if not config.rethreshold:
-            pending = shards.plan(folder, clips, "clip_id", config.fingerprint, config.clips_per_shard)
-            reports = stage.run_shards(
-                pending, score_shard, "filter: score", config.concurrency, constructor_args=(config,)
+            planned = shards.plan(
+                folder,
+                iterate_clips(config.data),
+                "clip_id",
+                config.fingerprint,
+                config.clips_per_shard,
+                near=itemgetter("source_id"),
             )
+            reports = stage.run_shards(
+                planned.pending, score_shard, "filter: score", config.concurrency, constructor_args=(config,)
+            )
+            summary.already_done = planned.already_done
+            reports += score_learned(config, made_by, files) if made_by else []
             summary.bytes = sum(report["bytes"] for report in reports)
-            summary.already_done = len(clips) - sum(len(shard.rows) for shard in pending)
-        rebuild_selection(config, summary)
+        rebuild_selection(config, made_by, summary)
 
     return stage.run_stage("filter", folder, work)

@@ -1,32 +1,26 @@
 """Ingest: list videos and images, probe them, cut them into clips, write clips/.
 
 One planned row is one source; one task makes the clips of a few sources. What cannot be read becomes one
-row with `error` set, so that every file that was listed stands in the table.
+row with `error` set, so that every file that was listed stands in the table. A long source is scanned in time
+spans, one task each, whose results are kept until its clips are written.
 """
 
+import contextlib
 import dataclasses
-import fnmatch
-import json
-import os
-import tempfile
+import io
 import time
+from collections import Counter
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
+import ray
 
-from pipeline import media, schema, shards, shots, stage, storage
+from pipeline import listing, media, schema, shards, shots, sources, stage, storage
 from pipeline.sandbox import MediaError, Sandbox
 from pipeline.sandbox import shared as shared_sandbox
 
-# fmt: off
-VIDEO_ENDINGS = (
-    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".vob",
-    ".wmv", ".asf", ".flv", ".ogv", ".mxf", ".3gp", ".gif", ".ivf", ".y4m",
-)
-# fmt: on
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-SIDECAR_ENDINGS = (".txt", ".json")
-_SIDECAR_FIELDS = ("caption", "license", "dataset")
+_SPANS = "_spans"  # below clips/: what was scanned of sources that are not yet in the table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +31,10 @@ class IngestConfig:
     and dataset."""
     output: str
     """Data root; the table is written to <output>/clips."""
+    manifest: str | None = None
+    """CSV, TSV or Parquet file that names the files to take, by their paths below input, instead of a search.
+    Columns: path (or video, file_name, ...; WebVid's videoid and page_dir), and if there are any caption (or
+    text, name), license, dataset, bytes. Sidecar files are not looked for then."""
     exclude: list[str] = dataclasses.field(default_factory=list)
     """Globs of paths below input to leave out, e.g. "raw/*"."""
     dataset: str = ""
@@ -47,6 +45,8 @@ class IngestConfig:
     """Longer shots are cut into clips of this many frames. 121 = 4n+1, as the model takes frames."""
     min_clip_frames: int = 9
     """Shorter shots, and shorter tails of cut shots, are left out, unless the file has nothing longer."""
+    segment_s: float = 300.0
+    """Longer videos are scanned in parts of so many seconds, each by a task. The clips do not change."""
     cut_ratio: float = 3.0
     """A hard cut is where a frame's difference to the one before is this many times that around it."""
     cut_difference: float = 15.0
@@ -69,6 +69,10 @@ class IngestConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "input", storage.check_url(self.input, "input"))
         object.__setattr__(self, "output", storage.check_url(self.output, "output"))
+        if f"{self.input}/".startswith(f"{self.output}/"):
+            raise ValueError(f"input: {self.input} lies within the output, {self.output}")
+        if self.manifest is not None:
+            object.__setattr__(self, "manifest", listing.check_manifest(self.manifest))
         if not 1 <= self.min_clip_frames <= self.max_clip_frames:
             raise ValueError(
                 f"min_clip_frames: {self.min_clip_frames} is not between 1 and max_clip_frames "
@@ -76,6 +80,8 @@ class IngestConfig:
             )
         if self.sources_per_shard < 1:
             raise ValueError("sources_per_shard: must be at least 1")
+        if self.segment_s < 2 * shots.OVERLAP_S:
+            raise ValueError(f"segment_s: {self.segment_s:g}; it must be at least {2 * shots.OVERLAP_S:g}")
 
     @property
     def cutting(self) -> shots.Cutting:
@@ -88,57 +94,9 @@ class IngestConfig:
         return schema.fingerprint(stage="ingest", shots=shots.VERSION, **dataclasses.asdict(self.cutting))
 
 
-def list_sources(config: IngestConfig) -> tuple[list[dict[str, Any]], int]:
-    """(planned rows, number of ignored files): every file below the input that its name says is media.
-
-    Names that begin with '.' or '_', and what lies below the output, do not count at all.
-    """
-    listed = storage.list_files(config.input)
-    if not listed:
-        raise ValueError(f"input: there are no files below {config.input}")
-    urls = {url for url, _, _ in listed}
-    sources, ignored = [], 0
-    for url, size, etag in listed:
-        path = url.removeprefix(config.input).lstrip("/")
-        if url.startswith(config.output + "/") or any(part[0] in "._" for part in path.split("/")):
-            continue
-        stem, ending = os.path.splitext(url)
-        if ending.lower() in SIDECAR_ENDINGS:
-            continue
-        if ending.lower() not in (*VIDEO_ENDINGS, *IMAGE_ENDINGS):
-            ignored += 1
-            continue
-        if any(fnmatch.fnmatch(path, pattern) for pattern in config.exclude):
-            ignored += 1
-            continue
-        sources.append(
-            {
-                "source_id": schema.stable_id(path, size),
-                "path": path,
-                "uri": url,
-                "bytes": size,
-                "etag": etag,
-                "sidecars": [stem + end for end in SIDECAR_ENDINGS if stem + end in urls],
-            }
-        )
-    return sources, ignored
-
-
-def read_sidecars(urls: list[str]) -> dict[str, str]:
-    """caption, license and dataset from the files beside a source; a JSON file wins over a text file."""
-    values: dict[str, str] = {}
-    for url in urls:
-        text = storage.read_bytes(url).decode("utf-8", errors="replace").strip()
-        if url.endswith(".txt"):
-            values["caption"] = text
-            continue
-        try:
-            found = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(found, dict):
-            values |= {key: str(found[key]) for key in _SIDECAR_FIELDS if found.get(key)}
-    return values
+def list_sources(config: IngestConfig) -> listing.Listing:
+    """The sources of the config's input, to be iterated once."""
+    return listing.Listing(config.input, config.output, config.exclude, config.manifest)
 
 
 def ingest_source(source: dict[str, Any], config: IngestConfig, sandbox: Sandbox) -> list[dict[str, Any]]:
@@ -152,15 +110,19 @@ def ingest_source(source: dict[str, Any], config: IngestConfig, sandbox: Sandbox
         "license": config.license or None,
     }
     try:
-        common |= read_sidecars(source["sidecars"])
-        with storage.local_copy(source["uri"], tempfile.gettempdir()) as path:
+        if ".." in source["path"].split("/") or "://" in source["path"]:
+            raise MediaError("its path leads out of the input folder")
+        labels = source["labels"]
+        common |= listing.read_sidecars(source["uri"]) if labels is None else labels
+        with sources.local_file(source["uri"], source["etag"], last_use=True) as path:
             return _rows(source, common, path, config, sandbox)
     except (MediaError, OSError) as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
         return [
             schema.empty_row(
                 schema.CLIPS_SCHEMA,
                 clip_id=schema.stable_id(source["path"], source["bytes"], "", ""),
-                error=str(error),
+                error=reason,
                 **common,
             )
         ]
@@ -189,9 +151,8 @@ def _rows(
         clips = [{"start_pts": 0, "end_pts": 1, "num_frames": 1, "phash": phash}]
     else:
         common |= {"bit_rate": found.bit_rate or None}
-        clips = []
-        for progress in sandbox.stream(shots.scan, path, config.cutting, config.max_pixels):
-            clips = progress.get("clips", [])
+        about = shots.Source(found.coded_size, found.fps, found.time_base)
+        clips = shots.cut(_scan(source, found, about, path, config, sandbox), config.cutting, about)
         if not clips:
             raise MediaError("no undamaged frame of it can be decoded")
     rows = []
@@ -205,36 +166,116 @@ def _rows(
     return rows
 
 
+def _scan(
+    source: dict[str, Any],
+    found: media.Probe,
+    about: shots.Source,
+    path: str,
+    config: IngestConfig,
+    sandbox: Sandbox,
+) -> np.ndarray:
+    """Every frame of a video, as an array of shots.FRAME: in one pass, or a long one in spans by tasks."""
+    begins = shots.spans(found.start_pts, found.duration_s, config.segment_s, found.time_base)
+    if len(begins) > 1:
+        task = ray.remote(num_cpus=1, scheduling_strategy="SPREAD", max_retries=3)(scan_span)
+        ends: list[int | None] = [*begins[1:], None]
+        spans = [
+            task.remote(source, about, None if i == 0 else begin, end, config)
+            for i, (begin, end) in enumerate(zip(begins, ends, strict=True))
+        ]
+        parts = ray.get(spans)
+        whole = [part for part in parts if part is not None]
+        joined = shots.join(whole, begins, found.time_base) if len(whole) == len(parts) else None
+        if joined is not None:
+            return joined
+    return _scan_frames(sandbox, path, config, about)[0]
+
+
+def _scan_frames(
+    sandbox: Sandbox, path: str, config: IngestConfig, about: shots.Source, *span: int | None
+) -> tuple[np.ndarray, str]:
+    """(frames, why it stopped before the end or ''), by the sandbox."""
+    parts, stopped = [], ""
+    for progress in sandbox.stream(shots.scan, path, config.max_pixels, about, *span):
+        parts.append(progress["frames"])
+        stopped = progress.get("stopped", "")
+    return np.concatenate(parts), stopped
+
+
+def _span_url(source: dict[str, Any], begin: int | None, end: int | None, config: IngestConfig) -> str:
+    name = schema.stable_id(source["source_id"], begin, end, shots.VERSION)
+    return storage.join(_spans_folder(source, config), f"{name}.npy")
+
+
+def _spans_folder(source: dict[str, Any], config: IngestConfig) -> str:
+    return storage.join(config.output, schema.CLIPS, _SPANS, source["source_id"])
+
+
+def scan_span(
+    source: dict[str, Any], about: shots.Source, begin: int | None, end: int | None, config: IngestConfig
+) -> np.ndarray | None:
+    """One task: the frames of one span (begin None: from the start) and of the overlap before it, from an
+    earlier run if it was killed after this; None if they cannot all be read, so that one pass must."""
+    url = _span_url(source, begin, end, config)
+    with contextlib.suppress(FileNotFoundError):
+        return np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
+    start = None if begin is None else begin - round(shots.OVERLAP_S / about.time_base)
+    try:
+        with sources.local_file(source["uri"], source["etag"]) as path:
+            frames, stopped = _scan_frames(_sandbox(config), path, config, about, start, end)
+    except (MediaError, OSError):
+        return None
+    if stopped:
+        return None
+    data = io.BytesIO()
+    np.save(data, frames)
+    storage.write_bytes(url, data.getvalue())
+    return frames
+
+
+def _sandbox(config: IngestConfig) -> Sandbox:
+    return shared_sandbox(config.time_limit_s, int(config.memory_limit_gib * 2**30))
+
+
 def ingest_shard(row: dict[str, Any], config: IngestConfig) -> dict[str, Any]:
     """One task: the clips of one shard's sources."""
-    sandbox = shared_sandbox(config.time_limit_s, int(config.memory_limit_gib * 2**30))
     table_schema = schema.with_fingerprint(schema.CLIPS_SCHEMA, config.fingerprint)
+    folder = storage.join(config.output, schema.CLIPS)
+    made: list[dict[str, Any]] = []
 
-    def make_rows(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [clip for source in sources for clip in ingest_source(source, config, sandbox)]
+    def make_rows(planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        made.extend(planned)
+        return [clip for source in planned for clip in ingest_source(source, config, _sandbox(config))]
 
-    return shards.make_shard(storage.join(config.output, schema.CLIPS), row["shard"], table_schema, make_rows)
+    report = shards.make_shard(folder, row["shard"], table_schema, make_rows)
+    for source in made:  # the clips are safe: what was kept to make them is not needed any more
+        storage.remove_folder(_spans_folder(source, config))
+    return report
 
 
 def run(config: IngestConfig) -> stage.Summary:
     """The stage: list, plan, make the shards that are missing, count."""
     folder = storage.join(config.output, schema.CLIPS)
-    sources, ignored = list_sources(config)
+    if config.manifest is None and next(storage.walk(config.input), None) is None:
+        raise ValueError(f"input: there are no files below {config.input}")
+    if config.manifest is not None and not storage.exists(config.manifest):
+        raise ValueError(f"manifest: there is no file {config.manifest}")
 
     def work(summary: stage.Summary) -> None:
         for key in ("input", "output"):
             stage.check_shared(getattr(config, key), config.shared_filesystem, key)
         start = time.monotonic()
-        pending = shards.plan(folder, sources, "source_id", config.fingerprint, config.sources_per_shard)
+        listed = list_sources(config)
+        planned = shards.plan(folder, listed, "source_id", config.fingerprint, config.sources_per_shard)
         summary.details["planning_s"] = time.monotonic() - start
         reports = stage.run_shards(
-            pending, ingest_shard, "ingest", config.concurrency, constructor_args=(config,)
+            planned.pending, ingest_shard, "ingest", config.concurrency, constructor_args=(config,)
         )
-        summary.rows_in = len(sources)
-        summary.already_done = len(sources) - sum(len(shard.rows) for shard in pending)
+        summary.rows_in = planned.rows
+        summary.already_done = planned.already_done
         summary.bytes = sum(report["bytes"] for report in reports)
         count_clips(folder, summary)
-        summary.details |= {"files ignored (not media by name)": ignored}
+        summary.details |= {"files ignored (not media by name)": listed.ignored}
         summary.details |= {"new clips": sum(report["rows"] - report["errors"] for report in reports)}
 
     return stage.run_stage("ingest", folder, work)
@@ -242,15 +283,13 @@ def run(config: IngestConfig) -> stage.Summary:
 
 def count_clips(folder: str, summary: stage.Summary) -> None:
     """Fill in kept, errors and reasons from the table's small columns, one file at a time."""
-    kinds: dict[str, int] = {}
-    reasons: list[str] = []
-    for url in storage.parquet_files(folder):
-        table = storage.read_table(url, ["media", "error"])
+    kinds: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    for table in storage.iterate_folder(folder, ["media", "error"]):
         good = table.filter(pc.is_null(table["error"]))
-        for kind in pc.value_counts(good["media"].combine_chunks()).to_pylist() if good.num_rows else []:
-            kinds[kind["values"]] = kinds.get(kind["values"], 0) + kind["counts"]
-        reasons += table["error"].drop_null().to_pylist()
+        kinds.update(good["media"].to_pylist())
+        reasons.update(shards.count_reasons(table["error"].to_pylist()))
     summary.rows_kept = sum(kinds.values())
-    summary.errors = len(reasons)
-    summary.rejected = shards.count_reasons([*reasons])
+    summary.errors = sum(reasons.values())
+    summary.rejected = dict(reasons.most_common())
     summary.details |= {f"{kind} clips": count for kind, count in sorted(kinds.items())}

@@ -5,6 +5,7 @@ the same noise there (it depends on the seed and the latent frame's own number, 
 are blended linearly, in latent space. What is held never grows with the length of the video.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,15 @@ class ChunkCutter:
         self.covered = 0  # of those, in some chunk
         self._held: Tensor | None = None  # the newest `length` at most
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat tensors, ready for safetensors."""
+        held = {} if self._held is None else {"held": self._held}
+        return {"end": torch.tensor(self.end), "covered": torch.tensor(self.covered), **held}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.end, self.covered, self._held = int(state["end"]), int(state["covered"]), state.get("held")
+
     def push(self, piece: Tensor) -> list[Chunk]:
         """The chunks that (t, H', W', C) further latent frames complete."""
         chunks = []
@@ -82,6 +92,15 @@ class ChunkBlender:
         self.plan = plan
         self.done = 0  # latent frames that have been given out
         self._tail: Tensor | None = None  # frames from `done` on, of the chunk before
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat tensors, ready for safetensors."""
+        tail = {} if self._tail is None else {"tail": self._tail}
+        return {"done": torch.tensor(self.done), **tail}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.done, self._tail = int(state["done"]), state.get("tail")
 
     def add(self, chunk: Chunk) -> Tensor:
         """Finished latent frames (t, H', W', C), t may be 0, in order, without gap or repetition."""

@@ -14,19 +14,17 @@ from fractions import Fraction
 from typing import Any
 
 import av
-import cv2
 import numpy as np
 from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import (
     ColorPrimaries,
     ColorRange,
-    Colorspace,
     ColorTrc,
-    Interpolation,
-    VideoReformatter,
 )
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipeline import display
 
 MAX_PIXELS = 8192 * 8192
 """Larger frames are refused before they are decoded: a forged header must not fill the memory."""
@@ -36,11 +34,6 @@ DEMUXERS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,gif,h264,hevc,m4v,ivf,obu,nut,rm,yuv4mpegpipe"
 )
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
-# Without ACCURATE_RND swscale takes a shortcut that repeats chroma: 8x faster, up to 30 of 255 off.
-EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND
-_HDR_TRANSFERS = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
-_UNSPECIFIED_COLORSPACE = 2  # AVCOL_SPC_UNSPECIFIED
-_HD_HEIGHT = 720  # files that name no colour matrix: players take BT.709 from here on, BT.601 below
 _MAX_BAD_PACKETS = 200
 
 
@@ -54,6 +47,7 @@ class Probe:
     bit_depth: int
     width: int  # as displayed: after rotation, square pixels
     height: int
+    coded_size: tuple[int, int]  # (width, height) of the decoder's frames
     rotation: int  # degrees clockwise, already applied to width and height
     sample_aspect: str = "1/1"
     time_base: Fraction = Fraction(1)
@@ -64,32 +58,19 @@ class Probe:
     interlaced: bool = False
     color_primaries: str = ""
     color_transfer: str = ""
+    color_matrix: int = display.UNSPECIFIED_COLORSPACE  # its number in files
+    full_range: bool = False
+    hdr: bool = False
     bit_rate: int = 0  # bits per second of the video stream; 0 if unknown
     has_audio: bool = False
-
-
-class _Geometry:
-    """How a decoded frame becomes a displayed one: turned by quarter turns and with square pixels."""
-
-    def __init__(self, frame: VideoFrame, sample_aspect: Fraction | None) -> None:
-        self.coded = (frame.width, frame.height)
-        self.quarter_turns = round(frame.rotation / 90) % 4  # counterclockwise
-        aspect = sample_aspect or Fraction(1)
-        self.sample_aspect = aspect if Fraction(1, 10) <= aspect <= 10 else Fraction(1)
-        width, height = self.coded
-        # The side that grows is the one to change: no pixel is thrown away.
-        if self.sample_aspect > 1:
-            width = round(width * self.sample_aspect)
-        elif self.sample_aspect < 1:
-            height = round(height / self.sample_aspect)
-        self.upright = (width, height)
-        self.displayed = (height, width) if self.quarter_turns % 2 else (width, height)
 
 
 def _reason(error: Exception) -> str:
     """One line on why FFmpeg refused, with what its log adds."""
     log = getattr(error, "log", None)
     text = getattr(error, "strerror", None) or str(error)
+    if log and "not on whitelist" in log[2]:
+        return "it is no image and no video of a format that is read here"
     detail = f" ({log[2].strip()})" if log else ""
     return f"FFmpeg cannot read it: {text}{detail}"
 
@@ -113,7 +94,9 @@ def _open_quietly(path: str) -> Any:
     av.logging.set_level(av.logging.ERROR)
     try:
         with av.logging.Capture():
-            return av.open("file:" + path, options={"format_whitelist": DEMUXERS})
+            # Titles in another encoding, or damaged ones, are no reason to refuse the pictures.
+            options = {"format_whitelist": DEMUXERS}
+            return av.open("file:" + path, options=options, metadata_errors="replace")
     finally:
         av.logging.set_level(av.logging.PANIC)
 
@@ -206,65 +189,6 @@ def decode_video(
                 return
 
 
-class RgbConverter:
-    """Decoded frames of one stream to displayed RGB; keeps swscale's context between frames."""
-
-    def __init__(self, max_side: int | None = None) -> None:
-        self._reformatter = VideoReformatter()
-        self._max_side = max_side
-
-    def __call__(self, frame: VideoFrame, stream: Any) -> np.ndarray:
-        """uint8 `(H, W, 3)`; with max_side, shrunk (quickly, not finely) so that no side is longer."""
-        geometry = _Geometry(frame, stream.sample_aspect_ratio)
-        width, height = geometry.upright
-        interpolation = EXACT
-        if self._max_side and max(width, height) > self._max_side:
-            scale = self._max_side / max(width, height)
-            width, height = max(1, round(width * scale)), max(1, round(height * scale))
-            interpolation = Interpolation.AREA
-        colours: dict[str, Any] = {}
-        if frame.colorspace == _UNSPECIFIED_COLORSPACE:
-            hd = frame.height >= _HD_HEIGHT or frame.width >= 1280
-            colours["src_colorspace"] = Colorspace.ITU709 if hd else Colorspace.ITU601
-        if frame.color_trc in _HDR_TRANSFERS:
-            colours |= {"dst_color_trc": ColorTrc.IEC61966_2_1, "dst_color_primaries": ColorPrimaries.BT709}
-        rgb = self._reformatter.reformat(
-            frame,
-            width=width,
-            height=height,
-            format="gbrp",  # planar, then interleaved: twice as fast as straight to rgb24, the same values
-            dst_color_range=ColorRange.JPEG,
-            interpolation=interpolation,
-            threads=1,
-            **colours,
-        ).to_ndarray()
-        return np.ascontiguousarray(np.rot90(rgb, geometry.quarter_turns)) if geometry.quarter_turns else rgb
-
-
-class LumaConverter:
-    """Decoded frames of one stream to full-range luma as coded (not turned or made square): to measure."""
-
-    def __init__(self) -> None:
-        self._reformatter = VideoReformatter()
-        self._rgb = RgbConverter()
-
-    def __call__(self, frame: VideoFrame, stream: Any, max_side: int | None = None) -> np.ndarray:
-        """uint8 `(H, W)`; with max_side, shrunk so that no side is longer."""
-        if frame.color_trc in _HDR_TRANSFERS or frame.format.is_rgb:
-            grey = cv2.cvtColor(self._rgb(frame, stream), cv2.COLOR_RGB2GRAY)
-            return shrink(grey, max_side) if max_side else grey
-        scale = min(1.0, (max_side or frame.width) / max(frame.width, frame.height)) if max_side else 1.0
-        return self._reformatter.reformat(
-            frame,
-            width=max(1, round(frame.width * scale)),
-            height=max(1, round(frame.height * scale)),
-            format="gray",
-            dst_color_range=ColorRange.JPEG,
-            interpolation=Interpolation.AREA,
-            threads=1,
-        ).to_ndarray()
-
-
 def _is_image(path: str) -> bool:
     """Whether Pillow knows the content as a still picture (the name's ending does not count)."""
     _check_file(path)
@@ -277,29 +201,53 @@ def _is_image(path: str) -> bool:
         raise ValueError(f"the image's header is damaged: {error}") from None
 
 
-def load_image(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A still picture as uint8 `(H, W, 3)` RGB: EXIF orientation applied, grey spread to three channels,
-    16 bits cut to 8, transparency laid over black."""
+@contextlib.contextmanager
+def _open_image(path: str, max_pixels: int) -> Iterator[Image.Image]:
+    """The picture upright; ValueError, with the reason, if it or what is done with it fails."""
     _check_file(path)
     Image.MAX_IMAGE_PIXELS = None  # our own limit, checked before the pixels are decoded
     try:
         with Image.open(path, formats=_IMAGE_FORMATS) as image:
             _check_pixels(*image.size, max_pixels)
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith(("I", "F")):
-                grey = np.asarray(upright)
-                depth = 65535 if grey.size and grey.max() > 255 else 255
-                eight = (grey.clip(0, depth).astype(np.float64) * (255 / depth)).round().astype(np.uint8)
-                return np.repeat(eight[:, :, None], 3, axis=2)
-            if "A" in upright.getbands() or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                black = Image.new("RGBA", upright.size, (0, 0, 0, 255))
-                upright = Image.alpha_composite(black, upright)
-            return np.array(upright.convert("RGB"))
+            yield ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise ValueError("not an image that Pillow can read") from None
     except (OSError, SyntaxError) as error:
         raise ValueError(f"the image cannot be decoded: {error}") from None
+
+
+def load_image(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A still picture as uint8 `(H, W, 3)` RGB: EXIF orientation applied, grey spread to three channels,
+    16 bits cut to 8, transparency laid over black."""
+    with _open_image(path, max_pixels) as image:
+        if _has_alpha(image):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+        return _eight_bit_rgb(image)
+
+
+def load_image_parts(path: str, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, np.ndarray | None, bool]:
+    """As `load_image`, but colours as stored under the transparency; the transparency, uint8 `(H, W)`, or
+    None; and whether the file holds grey alone."""
+    with _open_image(path, max_pixels) as image:
+        grey = image.mode.startswith(("1", "L", "I", "F"))
+        if not _has_alpha(image):
+            return _eight_bit_rgb(image), None, grey
+        picture = np.array(image.convert("RGBA"))
+        return np.ascontiguousarray(picture[:, :, :3]), np.ascontiguousarray(picture[:, :, 3]), grey
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return "A" in image.getbands() or "transparency" in image.info
+
+
+def _eight_bit_rgb(image: Image.Image) -> np.ndarray:
+    if not image.mode.startswith(("I", "F")):
+        return np.array(image.convert("RGB"))
+    grey = np.asarray(image)
+    depth = 65535 if grey.size and grey.max() > 255 else 255
+    eight = (grey.clip(0, depth).astype(np.float64) * (255 / depth)).round().astype(np.uint8)
+    return np.repeat(eight[:, :, None], 3, axis=2)
 
 
 def probe(path: str, max_pixels: int = MAX_PIXELS) -> Probe:
@@ -323,6 +271,7 @@ def _probe_image(path: str, max_pixels: int) -> Probe:
         bit_depth=16 if mode.startswith("I") else 8,
         width=width,
         height=height,
+        coded_size=(width, height),
         rotation={3: 180, 4: 180, 5: 90, 6: 90, 7: 270, 8: 270}.get(orientation, 0),
         num_frames=1,
     )
@@ -337,7 +286,7 @@ def _enum_name(enum: Any, value: int) -> str:
 
 
 def _probe_stream(path: str, stamp: int, frame: VideoFrame, stream: Any) -> Probe:
-    geometry = _Geometry(frame, stream.sample_aspect_ratio)
+    geometry = display.Geometry(frame, stream.sample_aspect_ratio)
     container = stream.container
     context = stream.codec_context
     duration_s = float(stream.duration * stream.time_base) if stream.duration else None
@@ -353,6 +302,7 @@ def _probe_stream(path: str, stamp: int, frame: VideoFrame, stream: Any) -> Prob
         bit_depth=max((component.bits for component in frame.format.components), default=8),
         width=geometry.displayed[0],
         height=geometry.displayed[1],
+        coded_size=geometry.coded,
         rotation=-geometry.quarter_turns * 90 % 360,
         sample_aspect=f"{geometry.sample_aspect.numerator}/{geometry.sample_aspect.denominator}",
         time_base=Fraction(stream.time_base),
@@ -363,6 +313,9 @@ def _probe_stream(path: str, stamp: int, frame: VideoFrame, stream: Any) -> Prob
         interlaced=frame.interlaced_frame,
         color_primaries=_enum_name(ColorPrimaries, frame.color_primaries),
         color_transfer=_enum_name(ColorTrc, frame.color_trc),
+        color_matrix=int(frame.colorspace),
+        full_range=frame.color_range == ColorRange.JPEG and not frame.format.is_rgb,
+        hdr=frame.color_trc in display.HDR_TRANSFERS,
         bit_rate=bit_rate,
         has_audio=bool(container.streams.audio),
     )
@@ -385,9 +338,9 @@ def decode_frames(
     """
     if _is_image(path):
         picture = load_image(path, max_pixels)
-        yield shrink(picture, max_side) if max_side else picture
+        yield display.shrink(picture, max_side) if max_side else picture
         return
-    convert = RgbConverter(max_side)
+    convert = display.RgbConverter(max_side)
     given = 0
     spans = decode_video(path, start_pts, end_pts, threads=threads, max_pixels=max_pixels)
     for index, (_, frame, stream) in enumerate(spans):
@@ -396,16 +349,6 @@ def decode_frames(
         if index % every == 0:
             given += 1
             yield convert(frame, stream)
-
-
-def shrink(picture: np.ndarray, max_side: int) -> np.ndarray:
-    """The picture, made smaller by area averaging so that no side is longer than max_side."""
-    height, width = picture.shape[:2]
-    scale = max_side / max(height, width)
-    if scale >= 1:
-        return picture
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
 
 
 def read_frames(
@@ -417,7 +360,7 @@ def read_frames(
         if (first, count) != (0, 1):
             raise ValueError(f"an image has one frame, not frames {first} to {first + count - 1}")
         return load_image(path, max_pixels)[None]
-    convert = RgbConverter()
+    convert = display.RgbConverter()
     frames: list[np.ndarray] = []
     spans = decode_video(path, clip_row["start_pts"], clip_row["end_pts"], max_pixels=max_pixels)
     for index, (_, frame, stream) in enumerate(spans):
@@ -430,3 +373,25 @@ def read_frames(
     if any(frame.shape != frames[0].shape for frame in frames):
         raise ValueError("the frame size changes within the clip")
     return np.stack(frames)
+
+
+def numbered_frames(
+    clip_row: dict[str, Any], path: str, numbers: list[int], max_pixels: int = MAX_PIXELS
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(number, frame) of these frames (sorted) of a row of clips/, uint8 `(H, W, 3)` RGB, one at a time.
+
+    ValueError if the file ends before the last of them.
+    """
+    if clip_row["media"] == "image":
+        yield 0, load_image(path, max_pixels)
+        return
+    convert = display.RgbConverter()
+    waiting = list(numbers)
+    spans = decode_video(path, clip_row["start_pts"], clip_row["end_pts"], max_pixels=max_pixels)
+    for index, (_, frame, stream) in enumerate(spans):
+        if not waiting:
+            return
+        if index == waiting[0]:
+            yield waiting.pop(0), convert(frame, stream)
+    if waiting:
+        raise ValueError(f"frame {waiting[0]} of the clip's {clip_row['num_frames']} does not decode")

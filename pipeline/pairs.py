@@ -4,7 +4,8 @@
     <output>/lq/<name>.mkv (or .png)   the same frames, degraded, at the same size
     <output>/manifest.json             every drawn parameter, seeds, sources
 
-Each pair depends on the clip, the recipe and the seed alone; pairs that are there are left alone.
+Each pair depends on the clip, the recipes, the seed and the limits of its size alone. Run again, a job makes
+what is missing; it refuses a folder that holds pairs made with other settings.
 """
 
 import dataclasses
@@ -19,11 +20,11 @@ import numpy as np
 import ray
 
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, draw, to_json
-from pipeline import encoding, media, schema, stage, storage
-from pipeline.sandbox import MediaError
+from pipeline import encoding, media, schema, sources, stage, storage
+from pipeline.listing import IMAGE_ENDINGS, VIDEO_ENDINGS
 from pipeline.sandbox import shared as shared_sandbox
 
-HQ, LQ, MANIFEST, RECORDS = "hq", "lq", "manifest.json", "_records"
+HQ, LQ, MANIFEST, RECORDS, SETTINGS = "hq", "lq", "manifest.json", "_records", "_settings.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class PairsConfig:
     split: str = "held_out"
     """which split, with `data`"""
     folder: str | None = None
-    """absolute URL of a folder of videos and images instead of a data root"""
+    """absolute URL of a folder of videos and images, with its subfolders, instead of a data root"""
     max_frames: int = 32
     """frames of a pair, from the clip's middle"""
     max_height: int = 720
@@ -56,18 +57,33 @@ class PairsConfig:
     """at most so many, spread over the sources in turn (null: all)"""
 
     def __post_init__(self) -> None:
-        storage.check_url(self.output, "output")
+        object.__setattr__(self, "output", storage.check_url(self.output, "output"))
         if (self.data is None) == (self.folder is None):
             raise ValueError("give either data (a data root) or folder (a folder of videos)")
-        storage.check_url(self.data or self.folder or "", "data" if self.data else "folder")
+        key = "data" if self.data is not None else "folder"
+        object.__setattr__(self, key, storage.check_url(getattr(self, key), key))
+        for key in ("max_frames", "max_height", "max_width"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: {getattr(self, key)}; it must be at least 1")
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what determines a pair, besides its clip."""
+        return schema.fingerprint(
+            stage="pairs",
+            recipes=(dataclasses.asdict(self.video_recipe), dataclasses.asdict(self.image_recipe)),
+            limits=(self.max_frames, self.max_height, self.max_width),
+            seed=self.seed,
+        )
 
 
 def clip_rows(config: PairsConfig) -> list[dict[str, Any]]:
     """What pairs are made from: rows like those of clips/, each with a `name` for its files."""
     if config.folder is not None:
         rows = [
-            {"clip_id": schema.stable_id(os.path.relpath(url, config.folder), size), "uri": url}
+            {"clip_id": schema.stable_id(url.removeprefix(config.folder).lstrip("/"), size), "uri": url}
             for url, size, _ in storage.list_files(config.folder)
+            if os.path.splitext(url)[1].lower() in (*VIDEO_ENDINGS, *IMAGE_ENDINGS)
         ]
     else:
         assert config.data is not None
@@ -101,13 +117,15 @@ def spread_over_sources(rows: list[dict[str, Any]], limit: int | None) -> list[d
 
 def read_middle(row: dict[str, Any], path: str, max_frames: int) -> tuple[np.ndarray, str, float]:
     """The middle frames of a clip row, or of a whole file where the row has no span: frames, media, fps."""
-    if "num_frames" in row:
-        count = min(row["num_frames"], max_frames)
-        first = (row["num_frames"] - count) // 2
-        return media.read_frames(row, path, first, count), row["media"], row["fps"] or 25.0
-    probe = media.probe(path)
-    frames = np.stack(list(media.decode_frames(path, max_frames=max_frames)))
-    return frames, probe.media, float(probe.fps or 25)
+    if "num_frames" not in row:
+        probe = media.probe(path)
+        # counted, since what a file says of its number of frames is often wrong
+        count = 1 if probe.media == "image" else sum(1 for _ in media.decode_video(path))
+        row = {"media": probe.media, "num_frames": count, "fps": float(probe.fps or 0)}
+        row |= {"start_pts": None, "end_pts": None}
+    count = min(row["num_frames"], max_frames)
+    first = (row["num_frames"] - count) // 2
+    return media.read_frames(row, path, first, count), row["media"], row["fps"] or 25.0
 
 
 def centre_crop(frames: np.ndarray, max_height: int, max_width: int) -> np.ndarray:
@@ -119,15 +137,13 @@ def centre_crop(frames: np.ndarray, max_height: int, max_width: int) -> np.ndarr
 def write_lossless(url: str, frames: np.ndarray, fps: float, is_image: bool) -> None:
     """PNG for one image, FFV1 in RGB for a video: what is read back is what was written."""
     if is_image:
-        ok, data = cv2.imencode(".png", cv2.cvtColor(frames[0], cv2.COLOR_RGB2BGR))
-        assert ok
-        storage.write_bytes(url, data.tobytes())
+        storage.write_bytes(url, encoding.png(frames[0]))
         return
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "pair.mkv")
         _, height, width, _ = frames.shape
         with encoding.VideoWriter(
-            path, Fraction(fps).limit_denominator(1001), width, height, lossless=True
+            path, Fraction(fps).limit_denominator(1001), width, height, codec="ffv1"
         ) as out:
             for frame in frames:
                 out.write(frame)
@@ -136,22 +152,23 @@ def write_lossless(url: str, frames: np.ndarray, fps: float, is_image: bool) -> 
 
 
 def make_pair(row: dict[str, Any], config: PairsConfig) -> dict[str, Any]:
-    """Write one pair and its record; a clip that does not decode is a record with `error`."""
+    """Write one pair and its record; a clip that cannot be read or degraded is a record with `error`."""
     record_url = storage.join(config.output, RECORDS, f"{row['name']}.json")
     if storage.exists(record_url):
         return storage.read_json(record_url)
     record = {"name": row["name"], "clip_id": row["clip_id"], "source": os.path.basename(row["uri"])}
     sandbox = shared_sandbox(config.decode_seconds)
-    try:
-        with tempfile.TemporaryDirectory() as folder, storage.local_copy(row["uri"], folder) as path:
-            frames, kind, fps = sandbox.call(read_middle, row, path, config.max_frames)
-    except (MediaError, ValueError, OSError) as error:
-        return {**record, "error": f"{row['uri']}: {error}"}
-    hq = centre_crop(frames, config.max_height, config.max_width)
     seed = schema.stable_hash(config.seed, row["clip_id"])
-    recipe = config.image_recipe if kind == "image" else config.video_recipe
-    degradation = draw(recipe, seed, (hq.shape[0], hq.shape[1], hq.shape[2]), fps)
-    applied = apply(degradation, hq)
+    cv2.setNumThreads(1)  # one task, one core
+    try:
+        with sources.local_file(row["uri"], row.get("source_etag")) as path:
+            frames, kind, fps = sandbox.call(read_middle, row, path, config.max_frames)
+        hq = centre_crop(frames, config.max_height, config.max_width)
+        recipe = config.image_recipe if kind == "image" else config.video_recipe
+        degradation = draw(recipe, seed, (hq.shape[0], hq.shape[1], hq.shape[2]), fps)
+        applied = apply(degradation, hq)
+    except (ValueError, OSError) as error:
+        return {**record, "error": f"{row['uri']}: {error}"}
     suffix = ".png" if kind == "image" else ".mkv"
     for name, pixels in ((HQ, applied.hq), (LQ, applied.lq)):
         url = storage.join(config.output, name, row["name"] + suffix)
@@ -164,18 +181,36 @@ def make_pair(row: dict[str, Any], config: PairsConfig) -> dict[str, Any]:
     return record
 
 
+def claim_folder(config: PairsConfig) -> None:
+    """ValueError if the output holds pairs that were made with other settings; else it is this job's."""
+    url = storage.join(config.output, SETTINGS)
+    if not storage.exists(url):
+        storage.write_json(url, {"fingerprint": config.fingerprint, **dataclasses.asdict(config)})
+    elif storage.read_json(url)["fingerprint"] != config.fingerprint:
+        raise ValueError(
+            f"output: {config.output} holds pairs made with another seed, recipe or size (see {SETTINGS} "
+            "there); write to another folder or remove this one"
+        )
+
+
 def run(config: PairsConfig) -> stage.Summary:
     """Make every pair that is missing, then the manifest."""
+    claim_folder(config)
 
     def work(summary: stage.Summary) -> None:
         rows = clip_rows(config)
         if not rows:
             raise ValueError("no clip to make pairs from")
-        # One block a clip, so that long clips do not wait for each other.
-        dataset = ray.data.from_items([{"row": row} for row in rows], override_num_blocks=len(rows))
-        made = dataset.map(lambda item: {"record": make_pair(item["row"], config)}, num_cpus=1)
+        # One block a clip, so that long clips do not wait for each other. As JSON: Ray would give the
+        # operations of a degradation each other's fields.
+        items = [{"row": json.dumps(row)} for row in rows]
+        dataset = ray.data.from_items(items, override_num_blocks=len(rows))
+        made = dataset.map(
+            lambda item: {"record": json.dumps(make_pair(json.loads(item["row"]), config))}, num_cpus=1
+        )
         made.set_name("pairs")
-        records = sorted((item["record"] for item in made.take_all()), key=lambda record: record["name"])
+        records = [json.loads(item["record"]) for item in made.take_all()]
+        records.sort(key=lambda record: record["name"])
         storage.write_json(storage.join(config.output, MANIFEST), {"seed": config.seed, "pairs": records})
         summary.rows_in = len(rows)
         summary.errors = sum(1 for record in records if "error" in record)

@@ -7,27 +7,41 @@ clip's bytes, the recipe, the seed and the models alone, so a row made again is 
 
 import dataclasses
 import json
-import tempfile
-from collections import deque
-from collections.abc import Iterator
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import torch
-from torch import Tensor
 
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, draw, to_json
 from model.vae.autoencoder import CausalVideoAutoencoder, posterior_noise
-from pipeline import bfloat16, media, sampling, schema, shards, stage, storage, text_stage, weights
+from pipeline import (
+    bfloat16,
+    estimate,
+    levels,
+    media,
+    metrics,
+    sampling,
+    schema,
+    shards,
+    sources,
+    stage,
+    storage,
+    text_stage,
+    weights,
+)
 from pipeline.sandbox import MediaError
 from pipeline.sandbox import shared as shared_sandbox
 
+_ESTIMATE = "_estimate"  # below the data root: a dry run's summary
 _MEDIA_FIELDS = (
     "clip_id",
     "uri",
+    "source_etag",
     "media",
     "start_pts",
     "end_pts",
@@ -47,11 +61,13 @@ class PrecomputeConfig:
     data: str
     """absolute URL of the data root that holds clips/ and selection/; text/ and latents/ are written there"""
     vae: str
-    """URL of a folder of trained autoencoder weights"""
-    text: text_stage.TextConfig
-    """the text encoders"""
+    """URL of a folder of trained autoencoder weights, or of the released autoencoder's file"""
     buckets: list[sampling.Bucket]
     """sizes that samples are cropped to: one or more for each progressive stage, and 1-frame ones"""
+    text: text_stage.TextConfig | None = None
+    """the text encoders that embed the captions; exactly one of text and fixed_text"""
+    fixed_text: text_stage.FixedTextConfig | None = None
+    """one prompt for all clips, to fine-tune a released backbone: no text encoder is needed"""
     native: sampling.Native | None = None
     """also samples of each clip's own size (null: none)"""
     variants: int = 1
@@ -74,13 +90,19 @@ class PrecomputeConfig:
     """decoded samples waiting for each encoder (bounds the object store: 74 MB each at 21x768x768)"""
     decode_seconds: float = 120.0
     """a sample that takes longer to decode becomes an error row"""
+    dry_run: bool = False
+    """make nothing: print the rows, bytes and hours to expect, from a measured sample of each bucket"""
+    dry_run_samples: int = 4
+    """samples of each bucket that a dry run measures"""
     shared_filesystem: bool = False
     """set to true if `data` is file:// on a folder that every node mounts"""
 
     def __post_init__(self) -> None:
-        storage.check_url(self.data, "data")
-        storage.check_url(self.vae, "vae")
-        for key in ("variants", "samples_per_shard", "encode_actors", "samples_in_flight"):
+        object.__setattr__(self, "data", storage.check_url(self.data, "data"))
+        object.__setattr__(self, "vae", storage.check_url(self.vae, "vae"))
+        if (self.text is None) == (self.fixed_text is None):
+            raise ValueError("text, fixed_text: give exactly one of them")
+        for key in ("variants", "samples_per_shard", "encode_actors", "samples_in_flight", "dry_run_samples"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}: {getattr(self, key)}; it must be at least 1")
 
@@ -105,32 +127,26 @@ def read_crop(
 
 
 def prepare_sample(planned: dict[str, Any], config: PrecomputeConfig) -> dict[str, Any]:
-    """Decode, crop and degrade one planned sample: {hq, lq, degradation} or {error}."""
+    """Decode, crop and degrade one planned sample: {hq, lq, degradation} or {error}, and its CPU seconds."""
+    start = time.monotonic()
     clip, (first, top, left) = planned["clip"], planned["crop"]
     try:
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            storage.local_copy(clip["uri"], folder) as path,
-        ):
+        with sources.local_file(clip["uri"], clip.get("source_etag")) as path:
             count = planned["num_frames"]
             window = (top, left, planned["height"], planned["width"])
             sandbox = shared_sandbox(config.decode_seconds)
             frames = sandbox.call(read_crop, clip, path, first, count, window)
-        return degrade(frames, clip, config, planned["seed"])
+        made = degrade(frames, clip, config, planned["seed"])
     except (MediaError, ValueError, OSError) as error:
-        return {"error": f"{type(error).__name__}: {clip['uri']}: {error}"}
-
-
-def to_network(frames: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 (T, H, W, 3) -> float (1, 3, T, H, W) in [-1, 1]."""
-    return torch.from_numpy(frames.copy()).to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        made = {"error": f"{type(error).__name__}: {clip['uri']}: {error}"}
+    return {**made, "seconds": time.monotonic() - start}
 
 
 @torch.no_grad()
 def encode_pair(vae: CausalVideoAutoencoder, hq: np.ndarray, lq: np.ndarray, seed: int) -> dict[str, Any]:
     """The latent columns of one sample. HQ and LQ are one batch, whoever the neighbours are."""
     parameter = next(vae.parameters())
-    pixels = torch.cat([to_network(hq, parameter.device), to_network(lq, parameter.device)])
+    pixels = torch.cat([levels.to_network(pair, parameter.device) for pair in (hq, lq)])
     mean, log_variance = vae.encode(pixels.to(parameter.dtype))
     columns: dict[str, Any] = {}
     for row, which in enumerate(("hq", "lq")):
@@ -158,7 +174,21 @@ class EncodeShard:
         self.prepare = ray.remote(num_cpus=1, scheduling_strategy="SPREAD", max_retries=3)(prepare_sample)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return shards.make_shard(self.folder, row["shard"], self.schema, self._rows)
+        report = shards.make_shard(self.folder, row["shard"], self.schema, self._rows)
+        index_file(self.folder, shards.Shard(**json.loads(row["shard"])))
+        return report
+
+    def measure(self, planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What each sample costs, nothing kept: {bucket, cpu_s, encode_s, bytes}; without the first, which
+        warms up."""
+        costs = []
+        for sample, pixels in self._prepared([planned[0], *planned]):
+            start = time.monotonic()
+            row = self._encode(sample, pixels)
+            size = sum(len(row[name] or b"") for name in ("hq_latent", "lq_latent"))
+            times = {"cpu_s": pixels["seconds"], "encode_s": time.monotonic() - start}
+            costs.append({"bucket": sample["bucket"], "bytes": size, **times})
+        return costs[1:]
 
     def _rows(self, planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [self._encode(sample, pixels) for sample, pixels in self._prepared(planned)]
@@ -183,43 +213,30 @@ class EncodeShard:
         row = schema.empty_row(schema.LATENTS_SCHEMA, media=planned["clip"]["media"], **known)
         if "error" in pixels:
             return {**row, "error": pixels["error"]}
+        start = time.monotonic()
         latents = encode_pair(self.vae, pixels["hq"], pixels["lq"], planned["seed"])
+        metrics.count(metrics.MODEL_SECONDS, time.monotonic() - start, model="vae")
         return {**row, **latents, "degradation": pixels["degradation"]}
 
 
-def plan_rows(config: PrecomputeConfig, text_tokens: dict[str, int]) -> list[dict[str, Any]]:
-    """The sample rows of every kept clip, both splits."""
-    clips = storage.read_folder(storage.join(config.data, schema.CLIPS))
-    selection = storage.read_folder(storage.join(config.data, schema.SELECTION))
-    if clips is None or selection is None:
-        raise ValueError(f"data: {config.data} has no clips/ or no selection/; run ingest and filter first")
-    kept = {row["clip_id"]: row["split"] for row in selection.to_pylist() if row["keep"]}
-    rows = []
-    for clip in clips.to_pylist():
-        if clip["clip_id"] in kept:
-            short = {name: clip[name] for name in _MEDIA_FIELDS}
-            extra = {
-                "split": kept[clip["clip_id"]],
-                "text_tokens": text_tokens[clip["clip_id"]],
-                "clip": short,
-            }
-            samples = sampling.plan_samples(clip, config.buckets, config.native, config.variants, config.seed)
-            rows += [{**sample, **extra} for sample in samples]
-    return rows
+def plan_rows(config: PrecomputeConfig, kept: text_stage.KeptClips) -> Iterator[dict[str, Any]]:
+    """The sample rows of every kept clip, both splits, one after the other."""
+    for clip, split, text_tokens in kept.rows(config.data, list(_MEDIA_FIELDS)):
+        extra = {"split": split, "text_tokens": text_tokens, "clip": clip}
+        for sample in sampling.plan_samples(
+            clip, config.buckets, config.native, config.variants, config.seed
+        ):
+            yield {**sample, **extra}
 
 
-def index_file(latents_url: str, file: str, planned: dict[str, dict[str, Any]]) -> int:
-    """Write the index of one latents file (samples without an error); returns its rows."""
-    with storage.open_input(storage.join(latents_url, file)) as source:
-        parquet = pq.ParquetFile(source)
-        groups = [
-            parquet.read_row_group(
-                number, columns=["sample_id", "clip_id", "media", "num_frames", "height", "width", "error"]
-            ).to_pylist()
-            for number in range(parquet.metadata.num_row_groups)
-        ]
+def index_file(latents_url: str, shard: shards.Shard) -> None:
+    """Write the index of one latents file: where each sample without an error stands."""
+    file = storage.join(latents_url, shard.name)
+    planned = {row["sample_id"]: row for row in shards.read_shard(latents_url, shard)}
+    columns = ["sample_id", "clip_id", "media", "num_frames", "height", "width", "error"]
     rows = []
-    for group_number, group in enumerate(groups):
+    for group_number in range(storage.read_metadata(file).num_row_groups):
+        group = storage.read_table(file, columns, row_group=group_number).to_pylist()
         for row_number, row in enumerate(group):
             if row.pop("error") is not None:
                 continue
@@ -229,7 +246,7 @@ def index_file(latents_url: str, file: str, planned: dict[str, dict[str, Any]]) 
                 {
                     **row,
                     "split": plan["split"],
-                    "file": file,
+                    "file": shard.name,
                     "row_group": group_number,
                     "row": row_number,
                     "bucket": plan["bucket"],
@@ -238,24 +255,18 @@ def index_file(latents_url: str, file: str, planned: dict[str, dict[str, Any]]) 
                 }
             )
     table = pa.Table.from_pylist(rows, schema=schema.INDEX_SCHEMA)
-    storage.write_table(storage.join(latents_url, schema.INDEX, file), [table], schema.INDEX_SCHEMA)
-    return len(rows)
+    storage.write_table(storage.join(latents_url, schema.INDEX, shard.name), [table], schema.INDEX_SCHEMA)
 
 
-def update_index(latents_url: str) -> int:
-    """Write `_index/` for each latents file that has none yet; returns the samples in the whole index."""
+def complete_index(latents_url: str) -> int:
+    """Index the files whose maker was killed before it could; returns the samples in the whole index."""
     index_url = storage.join(latents_url, schema.INDEX)
-    indexed = {url.rsplit("/", 1)[1] for url in storage.parquet_files(index_url)}
-    files = [url.rsplit("/", 1)[1] for url in storage.parquet_files(latents_url)]
-    planned: dict[str, dict[str, Any]] = {}
-    if set(files) - indexed:
-        for plan in shards.read_plans(latents_url):
-            planned |= {row["sample_id"]: row for row in map(json.loads, plan.column("row").to_pylist())}
-    for file in files:
-        if file not in indexed:
-            index_file(latents_url, file, planned)
-    index = storage.read_folder(index_url, ["sample_id"])
-    return 0 if index is None else index.num_rows
+    made = {url.rsplit("/", 1)[1] for url in storage.parquet_files(latents_url)}
+    missing = made - {url.rsplit("/", 1)[1] for url in storage.parquet_files(index_url)}
+    for shard in shards.planned_shards(latents_url) if missing else ():
+        if shard.name in missing:
+            index_file(latents_url, shard)
+    return storage.count_rows(index_url)
 
 
 def latents_fingerprint(config: PrecomputeConfig) -> str:
@@ -267,43 +278,102 @@ def latents_fingerprint(config: PrecomputeConfig) -> str:
     )
 
 
+def write_texts(config: PrecomputeConfig, kept: text_stage.KeptClips) -> None:
+    """Fill text/, and `kept` with the text tokens of its clips."""
+    if config.fixed_text is not None:
+        text_stage.fix_kept_clips(config.data, kept, config.fixed_text)
+        return
+    assert config.text is not None  # PrecomputeConfig has checked
+    text_stage.embed_kept_clips(config.data, kept, config.text, config.encode_cpus, config.encode_gpus)
+
+
+class _Counted:
+    """Planned rows as they pass: how many there are of each kind."""
+
+    def __init__(self) -> None:
+        self.buckets: Counter[str] = Counter()
+        self.splits: Counter[str] = Counter()
+        self.clips = 0
+
+    def watch(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        clip = ""
+        for row in rows:
+            self.buckets[row["bucket"]] += 1
+            self.splits[row["split"]] += 1
+            self.clips += row["clip_id"] != clip  # a clip's samples come in a row
+            clip = row["clip_id"]
+            yield row
+
+
+def _make(config: PrecomputeConfig, kept: text_stage.KeptClips, folder: str, summary: stage.Summary) -> None:
+    """Text first (it is small), then latents, then what is missing of their index."""
+    start = time.monotonic()
+    write_texts(config, kept)
+    text_s = time.monotonic() - start
+    fingerprint = latents_fingerprint(config)
+    counted = _Counted()
+    planned = shards.plan(
+        folder,
+        counted.watch(plan_rows(config, kept)),
+        "sample_id",
+        fingerprint,
+        config.samples_per_shard,
+    )
+    start = time.monotonic()
+    reports = stage.run_shards(
+        planned.pending,
+        EncodeShard,
+        "precompute: encode HQ and LQ",
+        concurrency=config.encode_actors,
+        constructor_args=(config, folder, fingerprint),
+        num_cpus=config.encode_cpus,
+        num_gpus=config.encode_gpus,
+    )
+    latents_s = time.monotonic() - start
+    summary.rows_in = planned.rows
+    summary.rows_kept = complete_index(folder)
+    summary.errors = sum(report["errors"] for report in reports)
+    summary.already_done = planned.already_done
+    summary.bytes = sum(report["bytes"] for report in reports)
+    made = sum(report["rows"] for report in reports)
+    busy_s = sum(report["seconds"] for report in reports)
+    summary.details = {
+        "clips": counted.clips,
+        "samples by bucket": dict(counted.buckets.most_common()),
+        "samples by split": dict(counted.splits.most_common()),
+        "seconds for text": round(text_s, 1),
+        "seconds a sample and encoder": round(busy_s / made, 3) if made else 0.0,
+        "samples/s": round(made / latents_s, 3) if made else 0.0,
+        "hours for all planned samples at this rate": (
+            round(latents_s / made * planned.rows / 3600, 3) if made else 0.0
+        ),
+    }
+
+
 def run(config: PrecomputeConfig) -> stage.Summary:
-    """Text first (it is small), then latents, then their index."""
+    """text/, latents/ and latents/_index/ of every kept clip; or, in a dry run, what they would cost."""
     folder = storage.join(config.data, schema.LATENTS)
+    kept = text_stage.KeptClips(config.data)
+    fingerprint = latents_fingerprint(config)
+    shards.check_fingerprint(folder, fingerprint)
 
     def work(summary: stage.Summary) -> None:
         stage.check_shared(config.data, config.shared_filesystem, "data")
-        text_tokens = text_stage.embed_kept_clips(
-            config.data, config.text, config.encode_cpus, config.encode_gpus
-        )
-        fingerprint = latents_fingerprint(config)
-        rows = plan_rows(config, text_tokens)
-        pending = shards.plan(folder, rows, "sample_id", fingerprint, config.samples_per_shard)
-        reports = stage.run_shards(
-            pending,
-            EncodeShard,
-            "precompute: encode HQ and LQ",
-            concurrency=config.encode_actors,
-            constructor_args=(config, folder, fingerprint),
-            num_cpus=config.encode_cpus,
-            num_gpus=config.encode_gpus,
-        )
-        summary.rows_in = len(rows)
-        summary.rows_kept = update_index(folder)
-        summary.errors = sum(report["errors"] for report in reports)
-        summary.already_done = len(rows) - sum(len(shard.rows) for shard in pending)
-        summary.bytes = sum(report["bytes"] for report in reports)
-        encode_s = sum(report["seconds"] for report in reports)
-        made = sum(report["rows"] for report in reports)
-        summary.details = {
-            "clips": len({row["clip_id"] for row in rows}),
-            "samples by bucket": _count(rows, "bucket"),
-            "samples by split": _count(rows, "split"),
-            "seconds a sample and encoder": round(encode_s / made, 3) if made else 0.0,
-        }
+        if not config.dry_run:
+            _make(config, kept, folder, summary)
+            return
+        actor: Any = ray.remote(num_cpus=config.encode_cpus, num_gpus=config.encode_gpus)(EncodeShard)
+        encoder = actor.remote(config, folder, fingerprint)
 
+        def measure(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            return ray.get(encoder.measure.remote(samples))
+
+        found = estimate.estimate(plan_rows(config, kept), config.dry_run_samples, measure)
+        summary.rows_in = sum(bucket.samples for bucket in found)
+        summary.details = estimate.details(found, config.encode_actors, config.encode_gpus, stage.cores())
+        print(estimate.table(found), flush=True)
+        ray.kill(encoder)
+
+    if config.dry_run:
+        return stage.run_stage("precompute (dry run)", storage.join(config.data, _ESTIMATE), work)
     return stage.run_stage("precompute", folder, work)
-
-
-def _count(rows: list[dict[str, Any]], name: str) -> dict[str, int]:
-    return shards.count_reasons([row[name] for row in rows])

@@ -12,6 +12,8 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
+from pipeline import encoding
+
 _BLUE, _RED = "#4a76a8", "#c0392b"
 _CELL_WIDTH, _CELL_HEIGHT, _GAP = 320, 240, 6
 _HISTOGRAM_BINS = 24
@@ -19,9 +21,7 @@ _HISTOGRAM_BINS = 24
 
 def write_picture(path: Path, picture: np.ndarray) -> None:
     """uint8 (H, W, 3) RGB as PNG."""
-    ok, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    assert ok
-    path.write_bytes(data.tobytes())
+    path.write_bytes(encoding.png(picture))
 
 
 def histogram(path: Path, name: str, values: Sequence[float], threshold: dict[str, float | None]) -> None:

@@ -5,32 +5,38 @@ that a run that was killed goes on with the files that are missing; a file that 
 row with `error` and never ends the job. From Python: `from pipeline.restore import Restorer`.
 """
 
+import contextlib
 import dataclasses
-import io
-import os
 import posixpath
-import shutil
+import re
 import tempfile
 import time
-import uuid
-from collections import deque
-from collections.abc import Iterator
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-import numpy as np
 import ray
 import torch
-from PIL import Image
-from safetensors.torch import load as from_safetensors
 
-from pipeline import container, encoding, media, schema, stage, storage, weights
-from pipeline.restorer import STEPS_OF_WORK, Prompt, Restorer, Sampling
+from model import preprocess
+from pipeline import backbones, media, preview_page, schema, stage, storage
+from pipeline.memory_plan import free_gib, is_out_of_memory, plan_memory, step_down
+from pipeline.restore_file import (
+    Encoding,
+    Source,
+    Target,
+    open_sequence,
+    open_video,
+    restore_image,
+    restore_video,
+)
+from pipeline.restorer import STEPS_OF_WORK, Restorer, Sampling
 from pipeline.sandbox import Sandbox
+from pipeline.segments import Segments
 
-__all__ = ["RestoreConfig", "Restorer", "Sampling", "run"]
+__all__ = ["Encoding", "RestoreConfig", "Restorer", "Sampling", "run"]
 
 MANIFEST = "manifest.json"
-_ROWS = "_manifest"
+_ROWS, _PARTS = "_manifest", "_parts"
+PLAN = "plan.json"
 VIDEO_ENDINGS = frozenset({
     ".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".ts", ".mpg", ".mpeg", ".flv", ".ogv", ".mxf",
     ".y4m", ".gif",
@@ -47,26 +53,28 @@ class RestoreConfig:
     """absolute URL of a file or a folder (every video and image below), or a list of them"""
     output: str
     """absolute URL of the folder for the results, which keep their path relative to their input folder"""
-    vae: str
-    """URL of a folder of trained autoencoder weights"""
-    dit: str
-    """URL of a folder of trained transformer weights"""
+    model: backbones.ModelConfig
+    """the transformer, ours or a released one, and the autoencoder"""
     scale: float | None = None
-    """enlarge by this factor (null: keep the size); at most one of scale, short_side and size"""
+    """enlarge by this factor; at most one of scale, short_side, area and size (all null: our models keep the
+    size, released ones restore to the area of 720x1280, as their scripts do)"""
     short_side: int | None = None
     """enlarge or shrink so that the shorter side has this many pixels"""
+    area: tuple[int, int] | None = None
+    """enlarge or shrink to the area of this height and width, keeping the input's aspect"""
     size: tuple[int, int] | None = None
     """height and width of the result in pixels, whatever the input's aspect"""
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     """steps, guidance, noise, colours and chunks"""
-    prompt: str | None = None
-    """URL of a .safetensors file with the positive prompt's `text` and `pooled`, for guidance"""
-    container: Literal["mp4", "mkv"] = "mp4"
-    """of videos; sound that mp4 cannot hold moves that video to mkv"""
-    lossless: bool = False
-    """FFV1 in mkv instead of H.264: for measuring rather than for watching"""
-    crf: int = 16
-    """H.264's constant rate factor: lower is larger and better"""
+    encoding: Encoding = dataclasses.field(default_factory=Encoding)
+    """codec, depth and container of videos"""
+    sequence_fps: float | None = None
+    """take the images of each folder, in the order of their names, as one video of so many frames a second
+    (null: each image by itself)"""
+    previews: int = 24
+    """of so many files preview.html shows a frame before and after"""
+    memory_gib: float | None = None
+    """what the networks and their work may take at once in each actor (null: what is free when it starts)"""
     actors: int = 1
     """processes that restore, each with its own copy of the models"""
     cpus: float = 1.0
@@ -81,14 +89,16 @@ class RestoreConfig:
     def __post_init__(self) -> None:
         if not self.inputs:
             raise ValueError("input: empty; give at least one file or folder")
-        for key in ("output", "vae", "dit"):
-            storage.check_url(getattr(self, key), key)
-        if self.prompt is not None:
-            storage.check_url(self.prompt, "prompt")
-        elif self.sampling.guidance_scale != 1:
-            raise ValueError("sampling.guidance_scale: guidance needs `prompt`, a file of text embeddings")
-        if sum(target is not None for target in (self.scale, self.short_side, self.size)) > 1:
-            raise ValueError("scale, short_side, size: give at most one of them")
+        storage.check_url(self.output, "output")
+        if self.sampling.schedule(self.model.schedule).guidance_scale != 1 and not self.model.can_guide:
+            needed = "model.positive" if self.model.positive is None else "model.negative"
+            raise ValueError(f"sampling.guidance_scale: guidance needs {needed}, a file of text embeddings")
+        if sum(target is not None for target in self.targets) > 1:
+            raise ValueError("scale, short_side, area, size: give at most one of them")
+        if self.memory_gib is not None and self.memory_gib <= 0:
+            raise ValueError(f"memory_gib: {self.memory_gib}; it must be above 0")
+        if self.sequence_fps is not None and not 0 < self.sequence_fps <= 1000:
+            raise ValueError(f"sequence_fps: {self.sequence_fps} is not within 0 to 1000")
         if self.actors < 1:
             raise ValueError(f"actors: {self.actors}; it must be at least 1")
 
@@ -98,10 +108,20 @@ class RestoreConfig:
         given = [self.input] if isinstance(self.input, str) else self.input
         return [storage.check_url(url, "input") for url in given]
 
+    @property
+    def targets(self) -> tuple[object, ...]:
+        """The ways to say the result's size, of which one at most is given."""
+        return (self.scale, self.short_side, self.area, self.size)
+
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the result for an input of this size. ValueError if it makes no sense."""
+        area = self.area
+        if self.model.kind != "own" and self.targets == (None,) * 4:
+            area = backbones.RELEASED_AREA
         if self.size is not None:
             result = self.size
+        elif area is not None:
+            result = preprocess.resized_size(height, width, *area)
         else:
             factor = self.scale or 1.0
             if self.short_side is not None:
@@ -113,7 +133,8 @@ class RestoreConfig:
 
 
 def list_inputs(config: RestoreConfig) -> list[dict[str, Any]]:
-    """One row per file: input URL, its bytes and etag, and `name`, the result's path without its ending.
+    """One row per result: input URL, its bytes and etag, `name`, the result's path without its ending, and
+    `files`: the pictures of an image sequence, else empty.
 
     Two inputs whose results would share a name keep their own ending in it (`a.mov.mp4`).
     """
@@ -126,9 +147,13 @@ def list_inputs(config: RestoreConfig) -> list[dict[str, Any]]:
             alone = url == root
             inner = posixpath.basename(url) if alone else url.removeprefix(root).lstrip("/")
             ending = posixpath.splitext(inner)[1].lower()
-            if alone or ending in VIDEO_ENDINGS | IMAGE_ENDINGS:
-                rows[url] = {"input": url, "bytes": size, "etag": etag, "name": inner}
-    stems = [posixpath.splitext(row["name"])[0] for row in rows.values()]
+            if ending in IMAGE_ENDINGS and config.sequence_fps is not None and not alone:
+                _add_to_sequence(rows, root, url, size, etag)
+            elif alone or ending in VIDEO_ENDINGS | IMAGE_ENDINGS:
+                rows[url] = {"input": url, "bytes": size, "etag": etag, "name": inner, "files": []}
+    for row in rows.values():
+        row["files"].sort(key=natural_order)
+    stems = [row["name"] if row["files"] else posixpath.splitext(row["name"])[0] for row in rows.values()]
     for row, stem in zip(rows.values(), stems, strict=True):
         row["name"] = stem if stems.count(stem) == 1 else row["name"]
     names = [row["name"] for row in rows.values()]
@@ -136,6 +161,33 @@ def list_inputs(config: RestoreConfig) -> list[dict[str, Any]]:
     if twice is not None:
         raise ValueError(f"input: two files would be written to {twice['name']}; restore them separately")
     return list(rows.values())
+
+
+def _add_to_sequence(rows: dict[str, dict[str, Any]], root: str, url: str, size: int, etag: str) -> None:
+    """Count an image to the sequence of its folder."""
+    folder = posixpath.dirname(url)
+    name = folder.removeprefix(root).strip("/") or posixpath.basename(root)
+    row = rows.setdefault(folder, {"input": folder, "bytes": 0, "etag": "", "name": name, "files": []})
+    row["files"].append(url)
+    row["bytes"] += size
+    row["etag"] = schema.stable_id(row["etag"], posixpath.basename(url), size, etag)
+
+
+def natural_order(url: str) -> list[tuple[int, str]]:
+    """A key that sorts frame_2.png before frame_10.png."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", url)]
+
+
+def target_of(config: RestoreConfig, row: dict[str, Any]) -> Target:
+    """Where a row's result goes, and its segments and preview meanwhile."""
+    number = schema.stable_id(row["name"])
+    preview = storage.join(config.output, preview_page.FOLDER, number) if row["preview"] else None
+    return Target(
+        result=storage.join(config.output, row["name"]),
+        parts=storage.join(config.output, _PARTS, number),
+        preview=preview,
+        name=row["name"],
+    )
 
 
 def row_url(config: RestoreConfig, row: dict[str, Any]) -> str:
@@ -147,11 +199,11 @@ def fingerprint(config: RestoreConfig, row: dict[str, Any]) -> str:
     """Of everything that determines a result: a file is done only if it was made in this very way."""
     return schema.fingerprint(
         source=(row["input"], row["bytes"], row["etag"]),
-        models=(weights.weights_hash(config.vae), weights.weights_hash(config.dit)),
-        prompt=config.prompt,
+        models=config.model.hashes(),
+        kind=(config.model.kind, config.model.shape_quirk),
         sampling=dataclasses.asdict(config.sampling),
-        size=(config.scale, config.short_side, config.size),
-        encoding=(config.container, config.lossless, config.crf),
+        size=config.targets,
+        encoding=dataclasses.asdict(config.encoding),
     )
 
 
@@ -173,125 +225,107 @@ class RestoreActor:
         device = "cuda" if config.gpus and torch.cuda.is_available() else "cpu"
         if device == "cpu":
             torch.set_num_threads(max(1, int(config.cpus)))
-        prompt = load_prompt(config.prompt) if config.prompt else None
-        self.restorer = Restorer.from_weights(config.vae, config.dit, config.sampling, prompt, device)
+        self.budget_gib = config.memory_gib or free_gib(device, config.actors)
+        self.restorer = Restorer.from_weights(config.model, config.sampling, device)
         self.sandbox = Sandbox(config.decode_seconds)
+        networks = (self.restorer.vae, self.restorer.dit)
+        millions = sum(tensor.numel() for network in networks for tensor in network.parameters()) / 1e6
         self.models = {
-            "vae_sha256": weights.weights_hash(config.vae),
-            "dit_sha256": weights.weights_hash(config.dit),
+            "model": config.model.kind,
+            "parameters_m": round(millions, 3),
+            **config.model.hashes(),
         }
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """The file's manifest row, which is also written, whatever happens to the file."""
         start = time.monotonic()
         result = {**row, **self.models, "seed": self.config.sampling.seed, "error": None}
+        result.pop("files")
         try:
             with tempfile.TemporaryDirectory() as folder:
-                result |= restore_file(self.restorer, self.sandbox, self.config, row, folder)
+                result |= self.restore_file(row, folder)
         except (ValueError, OSError) as error:
             result |= {"error": f"{row['input']}: {error}"}
         result["seconds"] = round(time.monotonic() - start, 3)
         storage.write_json(row_url(self.config, row), result)
         return {"result": result}
 
+    def restore_file(self, row: dict[str, Any], folder: str) -> dict[str, Any]:
+        """Restore one file, with `folder` for what is temporary; returns its facts for the manifest."""
+        config, restorer, sandbox = self.config, self.restorer, self.sandbox
+        before = dict(restorer.seconds)
+        with contextlib.ExitStack() as stack:
+            if row["files"]:
+                assert config.sequence_fps is not None
+                source = open_sequence(row["files"], config.sequence_fps, sandbox, folder)
+            else:
+                path = stack.enter_context(storage.local_copy(row["input"], folder))
+                source = open_video(path, sandbox.call(media.probe, path), sandbox, config.encoding.deep)
+            about = source.about
+            size = config.output_size(about.height, about.width)
+            facts: dict[str, Any] = {
+                "media": about.media,
+                "input_size": [about.height, about.width],
+                "output_size": list(size),
+                "fps": float(about.fps),
+            }
+            facts |= self.within_memory(row, source, size, folder)
+        parts = {part: round(restorer.seconds[part] - before[part], 3) for part in before}
+        return {**facts, "seconds_in": parts}
 
-def load_prompt(url: str) -> Prompt:
-    """A prompt's joined embeddings from a .safetensors file."""
-    tensors = from_safetensors(storage.read_bytes(url))
-    if "text" not in tensors:
-        raise ValueError(f"prompt: {url} holds no tensor `text`")
-    return Prompt(tensors["text"], tensors.get("pooled"))
+    def within_memory(
+        self, row: dict[str, Any], source: Source, size: tuple[int, int], folder: str
+    ) -> dict[str, Any]:
+        """Restore by the plan for this size; where memory runs out all the same, by the next smaller one.
 
+        The plan is kept beside the segments: a job that goes on with a file follows it too, whatever is free
+        then, since the length of the chunks shows in the result.
+        """
+        target = target_of(self.config, row)
+        candidates = self.restorer.plans(size)
+        plan_url = storage.join(target.parts, PLAN)
+        kept = storage.read_json(plan_url) if storage.exists(plan_url) else {}
+        plan = plan_memory(candidates, self.budget_gib)
+        if kept.pop("fingerprint", None) == row["fingerprint"]:
+            plan = next((one for one in candidates if dataclasses.asdict(one) == kept), plan)
+        while True:
+            print(f"{row['name']}: {plan.describe()}; budget {self.budget_gib:.2f} GiB", flush=True)
+            self.restorer.plan = plan
+            try:
+                facts = self.by_plan(row, source, size, target, folder)
+                return {**facts, "plan": dataclasses.asdict(plan)}
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                smaller = step_down(candidates, plan, self.restorer.part)
+                if smaller is None:
+                    raise ValueError("out of memory with the smallest plan; give it more") from None
+                print(f"{row['name']}: out of memory; trying again with less", flush=True)
+                plan = smaller
+            torch.cuda.empty_cache()  # outside of `except`: the error holds what was allocated
 
-def restore_file(
-    restorer: Restorer, sandbox: Sandbox, config: RestoreConfig, row: dict[str, Any], folder: str
-) -> dict[str, Any]:
-    """Restore one file, with `folder` for what is temporary; returns its facts for the manifest."""
-    before = dict(restorer.seconds)
-    with storage.local_copy(row["input"], folder) as source:
-        about = sandbox.call(media.probe, source)
-        size = config.output_size(about.height, about.width)
-        facts: dict[str, Any] = {
-            "media": about.media,
-            "input_size": [about.height, about.width],
-            "output_size": list(size),
-            "fps": float(about.fps),
-        }
-        if about.media == "image":
-            (restored,) = restorer.restore([sandbox.call(media.load_image, source)], size)
-            url = storage.join(config.output, f"{row['name']}.png")
-            storage.write_bytes(url, _png(restored[0]))
-            facts |= {"output": url, "frames": 1}
-        else:
-            ending = "mkv" if config.lossless else config.container
-            pictures = os.path.join(folder, f"pictures.{ending}")
-            facts["frames"] = restore_pictures(restorer, sandbox, config, source, about, size, pictures)
-            # mp4 cannot hold every codec, Matroska nearly all.
-            path, facts["streams_copied"], facts["streams_left"] = sandbox.call(
-                container.copy_sound, source, pictures, os.path.join(folder, "joined"), [ending, "mkv"]
-            )
-            facts["output"] = storage.join(config.output, row["name"] + os.path.splitext(path)[1])
-            publish(path, facts["output"])
-    parts = {part: round(restorer.seconds[part] - before[part], 3) for part in before}
-    return {**facts, "seconds_in": parts}
-
-
-def restore_pictures(
-    restorer: Restorer,
-    sandbox: Sandbox,
-    config: RestoreConfig,
-    source: str,
-    about: media.Probe,
-    size: tuple[int, int],
-    target: str,
-) -> int:
-    """Write the restored pictures of a video, each at its source's time stamp; returns how many."""
-    stamps: deque[int] = deque()  # of frames that are read but not yet written
-
-    def frames() -> Iterator[np.ndarray]:
-        for stamp, frame in sandbox.stream(container.stamped_frames, source):
-            stamps.append(stamp)
-            yield frame
-
-    count = 0
-    with encoding.VideoWriter(
-        target,
-        about.fps,
-        size[1],
-        size[0],
-        lossless=config.lossless,
-        crf=config.crf,
-        time_base=about.time_base,
-    ) as writer:
-        for restored in restorer.restore(frames(), size):
-            for frame in restored:
-                writer.write(frame, stamps.popleft() - about.start_pts)
-            count += len(restored)
-    return count
-
-
-def publish(path: str, url: str) -> None:
-    """Move a local file to its URL: readers see all of it or none."""
-    if url.startswith("s3://"):
-        storage.filesystem(url).put_file(path, storage.path_of(url))
-        return
-    target = storage.path_of(url)
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    partial = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{uuid.uuid4().hex}.partial"
-    shutil.move(path, partial)
-    os.replace(partial, target)
-
-
-def _png(frame: np.ndarray) -> bytes:
-    sink = io.BytesIO()
-    Image.fromarray(frame).save(sink, format="PNG")
-    return sink.getvalue()
+    def by_plan(
+        self, row: dict[str, Any], source: Source, size: tuple[int, int], target: Target, folder: str
+    ) -> dict[str, Any]:
+        """Restore by the restorer's plan."""
+        if source.about.media == "image":
+            assert source.path is not None
+            return restore_image(self.restorer, source.path, size, target, self.sandbox)
+        plan = dataclasses.asdict(self.restorer.plan) if self.restorer.plan else {}
+        segments = Segments(target.parts, schema.fingerprint(row=row["fingerprint"], plan=plan), folder)
+        encoding = self.config.encoding
+        state = segments.load()
+        storage.write_json(storage.join(target.parts, PLAN), {**plan, "fingerprint": row["fingerprint"]})
+        return restore_video(
+            self.restorer, source, size, encoding, target, segments, state, self.sandbox, folder
+        )
 
 
 def run(config: RestoreConfig) -> stage.Summary:
     """Restore every file that is not done yet; write `manifest.json` and the summary."""
     inputs = list_inputs(config)
-    for row in inputs:
+    for index, row in enumerate(inputs):
+        row["preview"] = index < config.previews
         row["fingerprint"] = fingerprint(config, row)
 
     def work(summary: stage.Summary) -> None:
@@ -302,6 +336,7 @@ def run(config: RestoreConfig) -> stage.Summary:
         made = restore_all(config, pending)
         rows = sorted([*done, *made], key=lambda found: found["name"])
         storage.write_json(storage.join(config.output, MANIFEST), rows)
+        preview_page.write(config.output, rows)
         fill_summary(summary, rows, made)
 
     return stage.run_stage("restore", config.output, work)

@@ -7,11 +7,12 @@ frame count to 4n+1 by repeating the last frame, and both are trimmed at the end
 """
 
 import contextlib
+import dataclasses
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,26 +20,33 @@ from torch import Tensor, nn
 
 from model import flow, preprocess
 from model.vae.autoencoder import CausalVideoAutoencoder
-from model.vae.causal_conv import StreamMemory
-from pipeline import weights
+from model.vae.causal_conv import StreamMemory, channels_last
+from pipeline import levels, memory_plan, weights
+from pipeline.backbones import Backbone, ModelConfig, Prompt, Schedule, load_backbone
 from pipeline.latent_stream import Chunk, ChunkBlender, ChunkCutter, ChunkPlan, frame_noise
+from pipeline.memory_plan import MemoryPlan, Models
 from pipeline.schema import TEMPORAL_FACTOR
 
-STEPS_OF_WORK = ("encode", "transformer", "decode", "pixels")
+STEPS_OF_WORK = ("read", "encode", "transformer", "decode", "pixels", "write")
+"""pixels: sizes and colours; read and write: of files, where there are some."""
 _UNKNOWN_LENGTH = 2**62
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Everything but the weights and the size that determines how a restored video looks."""
 
-    steps: int = 50
-    """Euler steps of the sampler; one step gives the smoothest picture and the highest PSNR"""
-    guidance_scale: float = 1.0
-    """of classifier-free guidance towards `prompt`; 1 is none and costs half as much"""
-    condition_noise: float = flow.INFERENCE_CONDITION_LEVEL
+    steps: int | None = None
+    """Euler steps of the sampler; one step gives the smoothest picture and the highest PSNR (null: as the
+    model is meant to be sampled, 50, SeedVR2 1)"""
+    guidance_scale: float | None = None
+    """of classifier-free guidance towards the positive prompt; 1 is none and costs half as much (null: 1,
+    SeedVR 6.5)"""
+    condition_noise: float | None = None
     """noise on the low-quality latent, 0 to 1000, before it is shifted by the video's size; more noise frees
-    the model further from its input"""
+    the model further from its input (null: 100, SeedVR2 0)"""
     seed: int = 0
     """of all noise; the same seed gives the same video"""
     color_fix: Literal["wavelet", "adain", "none"] = "wavelet"
@@ -51,9 +59,9 @@ class Sampling:
     """frames that the autoencoder takes at once, a multiple of 4; changes memory, not the result"""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
+        if self.steps is not None and self.steps < 1:
             raise ValueError(f"sampling.steps: {self.steps}; it must be at least 1")
-        if not 0 <= self.condition_noise <= flow.MAX_TIME:
+        if self.condition_noise is not None and not 0 <= self.condition_noise <= flow.MAX_TIME:
             raise ValueError(f"sampling.condition_noise: {self.condition_noise} is not within 0 to 1000")
         if self.chunk_frames < 1 or self.chunk_frames % TEMPORAL_FACTOR != 1:
             raise ValueError(f"sampling.chunk_frames: {self.chunk_frames} is not 4n+1 (1, 5, 9, ...)")
@@ -68,6 +76,11 @@ class Sampling:
                 f"{self.chunk_frames} frames; at most {self.chunk_frames - 1}"
             )
 
+    def schedule(self, of_model: Schedule) -> Schedule:
+        """The model's schedule with what is given here in its place."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(of_model)}
+        return dataclasses.replace(of_model, **{k: value for k, value in given.items() if value is not None})
+
     @property
     def chunks(self) -> ChunkPlan:
         """In latent frames."""
@@ -75,18 +88,10 @@ class Sampling:
         return ChunkPlan(latent_frames, self.overlap_frames // TEMPORAL_FACTOR)
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """Joined text embeddings: `text` (L, D) and `pooled` (P,) or None."""
-
-    text: Tensor
-    pooled: Tensor | None
-
-
 class Restorer:
     """Restores videos and images with one pair of models.
 
-    restorer = Restorer.from_weights("file:///weights/vae", "file:///weights/dit")
+    restorer = Restorer.from_weights(ModelConfig("file:///weights/dit", vae="file:///weights/vae"))
     for frames in restorer.restore(iter_of_uint8_frames, size=(720, 1280)):
         ...                                     # uint8 (t, 720, 1280, 3), in order, as many as went in
     """
@@ -94,49 +99,64 @@ class Restorer:
     def __init__(
         self,
         vae: CausalVideoAutoencoder,
-        dit: nn.Module,
-        null: Prompt,
-        sampling: Sampling,
-        prompt: Prompt | None = None,
+        backbone: Backbone,
+        sampling: Sampling | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """null: what the model was trained to see without a prompt. prompt: the positive one, if any."""
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        # bf16 products are some hundred times slower than fp32 on CPUs that have no instruction for them.
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        if sampling.guidance_scale != 1 and prompt is None:
-            raise ValueError("sampling.guidance_scale: guidance needs a positive `prompt` to guide towards")
+        self.sampling = sampling or Sampling()
+        self.device, self.dtype = placement(device)
+        self.schedule = self.sampling.schedule(backbone.schedule)
+        if self.schedule.guidance_scale != 1 and backbone.negative is None:
+            raise ValueError("sampling.guidance_scale: guidance needs a positive and a negative prompt")
         self.vae = vae.to(self.device, self.dtype).eval()
-        self.dit = dit.to(self.device, self.dtype).eval()
-        self.sampling = sampling
-        self.null, self.prompt = self._placed(null), self._placed(prompt or null)
+        self.dit = backbone.network.to(self.device, self.dtype).eval()
+        self.shape_quirk = backbone.shape_quirk
+        self.prompt = self._placed(backbone.prompt)
+        self.negative = self._placed(backbone.negative or backbone.prompt)
+        self.plan: MemoryPlan | None = None
+        """Set it to restore within a memory; None: as `sampling` says, on whole frames."""
         self.seconds = dict.fromkeys(STEPS_OF_WORK, 0.0)
         """Time spent so far in each part."""
+        self.part = ""
+        """The part begun last."""
 
     @classmethod
     def from_weights(
         cls,
-        vae_url: str,
-        dit_url: str,
+        model: ModelConfig,
         sampling: Sampling | None = None,
-        prompt: Prompt | None = None,
         device: torch.device | str | None = None,
     ) -> "Restorer":
-        """From two folders that training wrote."""
-        dit, text, pooled = weights.load_dit(dit_url)
-        null = Prompt(text, pooled)
-        return cls(weights.load_vae(vae_url), dit, null, sampling or Sampling(), prompt, device)
+        """From folders that training wrote, or from released files."""
+        place, dtype = placement(device)
+        return cls(weights.load_vae(model.vae), load_backbone(model, dtype, place), sampling, place)
+
+    def plans(self, size: tuple[int, int]) -> list[MemoryPlan]:
+        """All plans for results of (height, width) pixels, the one to be preferred first."""
+        wanted = self.sampling
+        models = Models.of(self.vae, self.dit, self.device)
+        return list(
+            memory_plan.plans(models, size, wanted.chunk_frames, wanted.overlap_frames, wanted.slice_frames)
+        )
+
+    def use(self, network: nn.Module) -> None:
+        """Have a network on the device; with offload, the other goes to the CPU's memory."""
+        if self.plan is not None and self.plan.offload:
+            other = self.dit if network is self.vae else self.vae
+            other.to("cpu")
+        network.to(self.device)
 
     def restore(
-        self, frames: Iterable[np.ndarray], size: tuple[int, int] | None = None
+        self, frames: Iterable[np.ndarray], size: tuple[int, int] | None = None, deep: bool = False
     ) -> Iterator[np.ndarray]:
-        """Restored frames, uint8 (t, H, W, 3), of uint8 (H, W, 3) frames; as many come out as go in.
+        """Restored frames (t, H, W, 3) of uint8 or uint16 (H, W, 3) frames; as many come out as go in.
 
-        size: (height, width) of the result; as the input if None. Frames are taken as they are needed.
+        size: (height, width) of the result; as the input if None. deep: uint16 results instead of uint8.
+        Frames are taken as they are needed.
         """
         stream: RestoreStream | None = None
         for frame in frames:
-            stream = stream or RestoreStream(self, size or (frame.shape[0], frame.shape[1]))
+            stream = stream or RestoreStream(self, size or (frame.shape[0], frame.shape[1]), deep)
             yield from stream.push(frame)
         if stream is not None:
             yield from stream.finish()
@@ -151,7 +171,7 @@ class Restorer:
             .to(self.device)
             for purpose in ("initial", "condition")
         )
-        level = flow.condition_time(self.sampling.condition_noise, shape, released_quirk=False)
+        level = flow.condition_time(self.schedule.condition_noise, shape, self.shape_quirk)
         low_quality = chunk.latent.flatten(0, 2)
         condition = flow.interpolate(low_quality, condition_noise, torch.tensor(level, device=self.device))
 
@@ -165,23 +185,41 @@ class Restorer:
             return velocity
 
         guided = flow.guided_velocity(
-            velocity_for(self.prompt), velocity_for(self.null), self.sampling.guidance_scale
+            velocity_for(self.prompt), velocity_for(self.negative), self.schedule.guidance_scale
         )
-        restored = flow.sample(guided, noise, flow.sampling_times(self.sampling.steps))
+        restored = flow.sample(guided, noise, flow.sampling_times(self.schedule.steps))
         return Chunk(chunk.start, restored.unflatten(0, shape))
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Adds the time of its body to `seconds[part]`."""
+        """Adds the time of its body to `seconds[part]`; `part` says where a failure was."""
+        self.part = part
         start = time.monotonic()
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds[part] += time.monotonic() - start
 
+    def timed_items(self, part: str, items: Iterable[T]) -> Iterator[T]:
+        """The items, the time that each takes to come added to `seconds[part]`."""
+        iterator = iter(items)
+        while True:
+            with self.timed(part):
+                item = next(iterator, None)
+            if item is None:
+                return
+            yield item
+
     def _placed(self, prompt: Prompt) -> Prompt:
         pooled = None if prompt.pooled is None else prompt.pooled.to(self.device, self.dtype)
         return Prompt(prompt.text.to(self.device, self.dtype), pooled)
+
+
+def placement(device: torch.device | str | None) -> tuple[torch.device, torch.dtype]:
+    """Where the networks run (null: on a GPU if there is one) and in which precision."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # bf16 products are some hundred times slower than fp32 on CPUs that have no instruction for them.
+    return place, torch.bfloat16 if place.type == "cuda" else torch.float32
 
 
 class RestoreStream:
@@ -189,29 +227,85 @@ class RestoreStream:
 
     What it holds is bounded: at most a slice of frames not yet encoded, a chunk of latents, the tails of the
     convolutions, and the input frames (for the colours) whose restored ones are not out yet.
+
+    Between two results, once `push` has given all that it had, `state_dict` holds all but input frames: a
+    stream that loads it and is fed from frame `frames_out` on gives the same frames, bit for bit.
     """
 
-    def __init__(self, restorer: Restorer, size: tuple[int, int]) -> None:
+    def __init__(self, restorer: Restorer, size: tuple[int, int], deep: bool = False) -> None:
         self._restorer = restorer
         self._size = size
+        self._deep = deep
         self._frame_shape: tuple[int, ...] | None = None
         self._encoding, self._decoding = StreamMemory(), StreamMemory()
-        self._cutter = ChunkCutter(restorer.sampling.chunks)
-        self._blender = ChunkBlender(restorer.sampling.chunks)
+        self._sampling = restorer.sampling
+        self._band_pixels: int | None = None
+        self._tails_on_host = False
+        if restorer.plan is not None:
+            limits = ("chunk_frames", "overlap_frames", "slice_frames")
+            within = {name: getattr(restorer.plan, name) for name in limits}
+            self._sampling = replace(self._sampling, **within)
+            self._band_pixels = restorer.plan.band_pixels
+            self._tails_on_host = restorer.plan.tails_on_host
+        self._cutter = ChunkCutter(self._sampling.chunks)
+        self._blender = ChunkBlender(self._sampling.chunks)
         self._to_encode: list[np.ndarray] = []
         self._inputs: deque[np.ndarray] = deque()
+        self.frames_out = 0
+        """Frames that have been given out."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat CPU tensors, ready for safetensors."""
+        assert not self._to_encode and self._frame_shape is not None
+        parts = {
+            "encoding": self._encoding.state_dict(),
+            "decoding": self._decoding.state_dict(),
+            "cutter": self._cutter.state_dict(),
+            "blender": self._blender.state_dict(),
+            "stream": {
+                "frames_out": torch.tensor(self.frames_out),
+                "frame_shape": torch.tensor(self._frame_shape),
+            },
+        }
+        return {
+            f"{part}.{name}": tensor.contiguous().cpu()
+            for part, tensors in parts.items()
+            for name, tensor in tensors.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken, by a stream of the same models, sampling and size."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in state.items():
+            part, name = key.split(".", 1)
+            on_host = self._tails_on_host and part in ("encoding", "decoding")
+            parts.setdefault(part, {})[name] = tensor if on_host else tensor.to(self._restorer.device)
+        self._encoding, self._decoding = (
+            StreamMemory.from_state_dict(
+                {name: channels_last(t) if t.ndim == 5 else t for name, t in parts[part].items()}
+            )
+            for part in ("encoding", "decoding")
+        )
+        self._cutter.load_state_dict(parts["cutter"])
+        self._blender.load_state_dict(parts["blender"])
+        self.frames_out = int(parts["stream"]["frames_out"])
+        self._frame_shape = tuple(parts["stream"]["frame_shape"].tolist())
 
     def push(self, frame: np.ndarray) -> Iterator[np.ndarray]:
-        """Takes one uint8 (H, W, 3) frame; gives what became ready, uint8 (t, H, W, 3) at the output size."""
+        """Takes one uint8 or uint16 (H, W, 3) frame; gives what became ready, (t, H, W, 3) at the output
+        size, in the depth that was asked for."""
+        number = self.frames_out + len(self._inputs)
         if self._frame_shape not in (None, frame.shape):
             raise ValueError(
                 f"the frame size changes within the video, from {_size_text(self._frame_shape)} to "
-                f"{_size_text(frame.shape)} at frame {self._encoding.frames + len(self._to_encode)}"
+                f"{_size_text(frame.shape)} at frame {number}"
             )
         self._frame_shape = frame.shape
-        self._to_encode.append(frame)
         self._inputs.append(frame)
-        if len(self._to_encode) == self._restorer.sampling.slice_frames + self._encoding.at_start:
+        if number < self._encoding.frames:
+            return  # encoded before the state was saved: only its colours are still needed
+        self._to_encode.append(frame)
+        if len(self._to_encode) == self._sampling.slice_frames + self._encoding.at_start:
             yield from self._restore(self._cutter.push(self._encode()))
 
     def finish(self) -> Iterator[np.ndarray]:
@@ -229,10 +323,13 @@ class RestoreStream:
         with self._restorer.timed("pixels"):
             video = self._to_network(self._to_encode)
         self._to_encode = []
-        vae, sampling = self._restorer.vae, self._restorer.sampling
+        vae, sampling = self._restorer.vae, self._sampling
         with self._restorer.timed("encode"):
+            self._restorer.use(vae)
             start = self._cutter.end
-            stream = vae.encode_stream([video], sampling.slice_frames, self._encoding)
+            stream = vae.encode_stream(
+                [video], sampling.slice_frames, self._encoding, self._band_pixels, self._tails_on_host
+            )
             ((mean, log_variance),) = list(stream)
             _, channels, frames, height, width = mean.shape
             noise = frame_noise(sampling.seed, "posterior", start, (frames, height, width, channels))
@@ -243,6 +340,7 @@ class RestoreStream:
     def _restore(self, chunks: list[Chunk]) -> Iterator[np.ndarray]:
         for chunk in chunks:
             with self._restorer.timed("transformer"):
+                self._restorer.use(self._restorer.dit)
                 ready = self._blender.add(self._restorer.denoise(chunk))
             yield from self._decode(ready)
 
@@ -250,15 +348,24 @@ class RestoreStream:
     def _decode(self, latent: Tensor) -> Iterator[np.ndarray]:
         """Frames of finished latents (t, H', W', 16), a slice at a time."""
         restorer = self._restorer
-        step = restorer.sampling.slice_frames // TEMPORAL_FACTOR
+        slice_frames = self._sampling.slice_frames
+        step = slice_frames // TEMPORAL_FACTOR
         while len(latent):
             first = step + self._decoding.at_start
             piece, latent = latent[:first], latent[first:]
             with restorer.timed("decode"):
+                restorer.use(restorer.vae)
                 z = piece.permute(3, 0, 1, 2)[None].to(restorer.dtype)
                 height, width = self._padded
                 stream = restorer.vae.decode_stream(
-                    [z], _UNKNOWN_LENGTH, height, width, restorer.sampling.slice_frames, self._decoding
+                    [z],
+                    _UNKNOWN_LENGTH,
+                    height,
+                    width,
+                    slice_frames,
+                    self._decoding,
+                    self._band_pixels,
+                    self._tails_on_host,
                 )
                 (video,) = list(stream)
             with restorer.timed("pixels"):
@@ -266,6 +373,7 @@ class RestoreStream:
                 inputs = [self._inputs.popleft() for _ in range(count)]
                 frames = self._to_frames(video[0, :, :count], inputs) if count else None
             if frames is not None:
+                self.frames_out += count
                 yield frames
 
     @property
@@ -275,25 +383,28 @@ class RestoreStream:
         return height + -height % preprocess.SIDE_MULTIPLE, width + -width % preprocess.SIDE_MULTIPLE
 
     def _resized(self, frames: list[np.ndarray]) -> Tensor:
-        """uint8 (H, W, 3) frames -> float (t, 3, height, width) in [0, 1] at the output size."""
+        """uint8 or uint16 (H, W, 3) frames -> float (t, 3, height, width) in [0, 1] at the output size."""
+        white = np.iinfo(frames[0].dtype).max
         video = torch.from_numpy(np.stack(frames)).to(self._restorer.device).permute(0, 3, 1, 2)
-        return preprocess.resize(video.float() / 255, *self._size)
+        return preprocess.resize(video.float() / white, *self._size)
 
     def _to_network(self, frames: list[np.ndarray]) -> Tensor:
-        """uint8 (H, W, 3) frames -> (1, 3, t, H, W), resized, sides padded to multiples of 16."""
+        """(H, W, 3) frames -> (1, 3, t, H, W) in [-1, 1], resized, sides padded to multiples of 16."""
         video = preprocess.to_network(preprocess.pad_to_multiple(self._resized(frames)))
         return video[None].to(self._restorer.dtype)
 
     def _to_frames(self, video: Tensor, inputs: list[np.ndarray]) -> np.ndarray:
-        """Decoded (3, t, padded H, padded W) -> uint8 (t, H, W, 3), trimmed, colours corrected."""
+        """Decoded (3, t, padded H, padded W) -> uint8 or uint16 (t, H, W, 3), trimmed, colours corrected."""
         height, width = self._size
         restored = video[:, :, :height, :width].float().transpose(0, 1)
         method = self._restorer.sampling.color_fix
         if method != "none":
             fix = preprocess.wavelet_colour_fix if method == "wavelet" else preprocess.adain_colour_fix
             restored = fix(restored, self._resized(inputs) * 2 - 1)
-        pixels = ((restored.clamp(-1, 1) * 0.5 + 0.5) * 255).round().to(torch.uint8)
-        return pixels.permute(0, 2, 3, 1).cpu().numpy()
+        unit = restored.clamp(-1, 1) * 0.5 + 0.5
+        if self._deep:
+            return (unit * 65535).round().permute(0, 2, 3, 1).cpu().numpy().astype(np.uint16)
+        return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def reconstruct(
@@ -307,15 +418,13 @@ def reconstruct(
 
     @torch.inference_mode()
     def through() -> np.ndarray:
-        video = torch.from_numpy(np.stack(waiting)).to(parameter.device).permute(3, 0, 1, 2)[None]
-        pixels = (video.float() / 127.5 - 1).to(parameter.dtype)
+        pixels = levels.to_network(np.stack(waiting), parameter.device).to(parameter.dtype)
         height, width = waiting[0].shape[:2]
         ((mean, log_variance),) = list(vae.encode_stream([pixels], slice_frames, encoding))
         latent = vae.to_latent(mean, log_variance, None)
         stream = vae.decode_stream([latent], _UNKNOWN_LENGTH, height, width, slice_frames, decoding)
         (decoded,) = list(stream)
-        decoded = decoded[0, :, : len(waiting)].float().clamp(-1, 1)
-        return ((decoded + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+        return levels.to_pixels(decoded[:, :, : len(waiting)])
 
     for frame in frames:
         waiting.append(frame)

@@ -123,7 +123,9 @@ class Sandbox:
                 self.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        environment = dict(os.environ)
+        # Whoever takes the child over finds no credentials in it.
+        secret = ("AWS_", "RAY_")
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(secret)}
         environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         # Numeric libraries reserve address space for each thread, which would count against the limit.
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}

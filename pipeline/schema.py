@@ -15,16 +15,16 @@ CONTRACT_VERSION = 1
 
 # Folder names below a data root.
 CLIPS, SCORES, SELECTION, TEXT, LATENTS = "clips", "scores", "selection", "text", "latents"
+LEARNED = "learned_scores"
 INDEX = "_index"
 SUMMARY = "_summary.json"
 FINGERPRINT_KEY = b"openseedvr.fingerprint"
 
-LATENT_CHANNELS = 16
 TEMPORAL_FACTOR = 4  # pixels frames 4n+1 <-> latent frames n+1
 SPATIAL_FACTOR = 8
 PATCH = 2  # latent pixels per token side
 MAX_ROW_GROUP_SAMPLES = 64
-MAX_ROW_GROUP_BYTES = 128 * 1024**2
+MAX_ROW_GROUP_BYTES = 4 * 1024**2  # a reader of one sample reads all of them
 
 
 def _fields(**columns: pa.DataType) -> pa.Schema:
@@ -129,6 +129,36 @@ def scores_schema(score_names: list[str]) -> pa.Schema:
     return pa.schema([pa.field("clip_id", pa.string()), *scores, pa.field("error", pa.string())])
 
 
+# Networks that score and their columns. A clip that the weight-free scores reject gets none of them.
+LEARNED_SCORES = {
+    "aesthetic": ("aesthetic",),
+    "clip_iqa": ("clip_iqa",),
+    "fast_vqa": ("fast_vqa",),
+    "musiq": ("musiq",),
+    "dover": ("dover_technical", "dover_aesthetic", "dover_overall"),
+}
+
+LEARNED_MEANINGS = {
+    "aesthetic": "LAION-Aesthetics: how much people like the picture, about 1 to 10",
+    "clip_iqa": "CLIP-IQA: good photo rather than bad photo, 0 to 1",
+    "fast_vqa": "FAST-VQA: quality of the video, 0 to 1",
+    "musiq": "MUSIQ: quality of the picture, about 0 to 100 (1 to 10 with the AVA weights)",
+    "dover_technical": "DOVER: technical quality of the video, 0 to 1",
+    "dover_aesthetic": "DOVER: aesthetic quality of the video, 0 to 1",
+    "dover_overall": "DOVER: both, 0 to 1",
+}
+
+# Lies in learned_scores/<scorers>/, a folder for each set of scorers ("clip_iqa-<fingerprint>.musiq-<...>")
+# that clips were given at once; the others' columns are null. A clip has at most one row in each.
+LEARNED_SCHEMA = pa.schema(
+    [
+        pa.field("clip_id", pa.string()),
+        *[pa.field(column, pa.float64()) for columns in LEARNED_SCORES.values() for column in columns],
+        pa.field("error", pa.string()),
+    ]
+)
+
+
 def with_fingerprint(schema: pa.Schema, fingerprint: str, **metadata: str) -> pa.Schema:
     """The schema with the fingerprint and further key/value metadata of a table's files."""
     extra = {key.encode(): value.encode() for key, value in metadata.items()}
@@ -164,3 +194,8 @@ def video_tokens(num_frames: int, height: int, width: int) -> int:
     """Transformer tokens of a clip of pixels: ((T-1)/4+1) * ceil(H/16) * ceil(W/16)."""
     side = SPATIAL_FACTOR * PATCH
     return ((num_frames - 1) // TEMPORAL_FACTOR + 1) * -(-height // side) * -(-width // side)
+
+
+def latent_shape(num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """Latent (T, H, W) of a sample of pixels: 4n+1 frames, sides that are multiples of 16."""
+    return (num_frames - 1) // TEMPORAL_FACTOR + 1, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR

@@ -1,19 +1,30 @@
 """selection/ from clips/ and scores/: which clips to use, which are twins, which are held out from training.
 
-Needs no pixels, so it is rebuilt as a whole in seconds whenever a threshold changes.
+Needs no pixels, so it is rebuilt as a whole in seconds whenever a threshold changes. Clips are held as arrays
+of some 70 bytes each, never as rows, so that millions fit a driver's memory: `Clips.add` takes clips/ file
+by file, `Clips.judge` takes scores/ file by file, `decide` looks at all, `rows` gives each file's decisions.
 """
 
 import dataclasses
 import fnmatch
-from collections import defaultdict
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from pipeline import schema
+from pipeline.lookup import Lookup, id_array
 
 MAX_DUPLICATE_DISTANCE = 3
-_BANDS = 4  # of 16 bits: two hashes that differ in at most 3 bits agree in at least one band
+# Two hashes that differ in at most 3 bits agree in at least 3 of 6 bands, so each pair shares one of 20 keys
+# of 31 to 33 bits: among millions of clips hardly any share one by chance.
+_BANDS = (11, 11, 11, 11, 10, 10)
+_EDGES_AT_ONCE = 4_000_000
+_PASSES, _ERROR, _NOT_SCORED, _LACKS = -1, -2, -3, -4  # instead of the number of the threshold that rejects
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,39 +47,58 @@ class Threshold:
         return None
 
 
-def duplicate_groups(hashes: list[str | None], distance: int) -> list[list[int]]:
-    """Groups (two or more indices) whose 64-bit hashes are linked by at most `distance` differing bits.
+def _bands() -> list[np.uint64]:
+    """The bit masks of all threes of bands."""
+    masks, first = [], 0
+    for width in _BANDS:
+        masks.append(((1 << width) - 1) << first)
+        first += width
+    return [np.uint64(a | b | c) for a, b, c in itertools.combinations(masks, 3)]
 
-    Equal hashes are joined first; the rest is compared only within equal 16-bit bands, so the work grows
-    with the number of near hashes and not with all pairs.
-    """
-    members: dict[int, list[int]] = defaultdict(list)
-    for index, text in enumerate(hashes):
-        if text is not None:
-            members[int(text, 16)].append(index)
-    unique = np.array(sorted(members), dtype=np.uint64)
-    parent = np.arange(len(unique))
 
-    def root(index: int) -> int:
-        while parent[index] != index:
-            parent[index] = parent[parent[index]]
-            index = int(parent[index])
-        return index
-
-    for band in range(_BANDS if distance > 0 else 0):
-        keys = (unique >> np.uint64(16 * band)) & np.uint64(0xFFFF)
+def _near_pairs(unique: np.ndarray, distance: int) -> Iterator[np.ndarray]:
+    """Index pairs `(2, P)` of hashes that differ in at most `distance` bits; a pair may come repeatedly."""
+    for mask in _bands() if distance else ():
+        keys = unique & mask
         order = np.argsort(keys, kind="stable")
-        edges = np.flatnonzero(np.diff(keys[order])) + 1
-        for bucket in np.split(order, edges):
-            for position, index in enumerate(bucket[:-1]):
-                others = bucket[position + 1 :]
-                near = np.bitwise_count(unique[others] ^ unique[index]) <= distance
-                for other in others[near]:
-                    parent[root(int(other))] = root(int(index))
-    groups: dict[int, list[int]] = defaultdict(list)
-    for index, value in enumerate(unique):
-        groups[root(index)] += members[int(value)]
-    return [sorted(group) for group in groups.values() if len(group) > 1]
+        keys = keys[order]
+        first = np.flatnonzero(keys[1:] == keys[:-1])  # each with its neighbour, then the one after, ...
+        step = 1
+        while len(first):
+            one, other = order[first], order[first + step]
+            near = np.bitwise_count(unique[one] ^ unique[other]) <= distance
+            yield np.stack([one[near], other[near]])
+            step += 1
+            first = first[first + step < len(keys)]
+            first = first[keys[first] == keys[first + step]]
+
+
+def _components(count: int, pairs: Iterator[np.ndarray]) -> np.ndarray:
+    """Labels `(count,)` of the sets that the pairs link, from 0 on."""
+    labels = np.arange(count, dtype=np.int32)
+    waiting: list[np.ndarray] = []
+
+    def link() -> np.ndarray:
+        one, other = labels[np.concatenate(waiting, axis=1)] if waiting else np.zeros((2, 0), np.int32)
+        graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(count, count))
+        return connected_components(graph, directed=False)[1].astype(np.int32)[labels]
+
+    for found in pairs:
+        if found.shape[1]:
+            waiting.append(found)
+        if sum(part.shape[1] for part in waiting) > _EDGES_AT_ONCE:
+            labels, waiting = link(), []
+    return link()
+
+
+def duplicate_labels(hashes: np.ndarray, distance: int) -> np.ndarray:
+    """Group number of each 64-bit hash `(N,)` uint64: hashes linked by at most `distance` differing bits.
+
+    Equal hashes are one; the others are compared only where half of their bits agree, so the work grows with
+    the number of near hashes and not with all pairs.
+    """
+    unique, inverse = np.unique(hashes, return_inverse=True)
+    return _components(len(unique), _near_pairs(unique, distance))[inverse]
 
 
 def _matches(clip: dict[str, Any], pattern: str) -> bool:
@@ -95,91 +125,203 @@ def check_held_out(patterns: list[str]) -> None:
             raise ValueError(f"held_out: {pattern!r}: write name.mp4 or name.mp4@12.5-20 (seconds)") from None
 
 
-def split(
-    clips: list[dict[str, Any]], groups: list[list[int]], held_out: list[str], held_out_share: float
-) -> list[str]:
-    """train or held_out for each clip; neither a source nor a group of twins is on both sides.
+class Clips:
+    """What deciding needs to know of each clip, in the order in which the clips come."""
 
+    def __init__(
+        self, thresholds: dict[str, Threshold], held_out: list[str], scorers: Mapping[str, Sequence[str]]
+    ) -> None:
+        """scorers: the columns of each learned scorer that clips shall have, by what makes them."""
+        self.thresholds = thresholds
+        self._scorers = dict(scorers)
+        self._names = list(thresholds)
+        self._whole = [pattern for pattern in held_out if "@" not in pattern]
+        self._parts = [pattern for pattern in held_out if "@" in pattern]
+        self._files: list[dict[str, np.ndarray]] = []
+        self.score_errors: dict[int, str] = {}
+
+    def add(self, clips: pa.Table) -> None:
+        """Rows of clips/ (clip_id, uri, source_id, start_s, width, height, phash, error)."""
+        uris, starts = clips["uri"].to_pylist(), clips["start_s"].to_pylist()
+        named = [{"uri": uri, "start_s": start} for uri, start in zip(uris, starts, strict=True)]
+        hashes = clips["phash"].to_pylist()
+        sides = [clips[name].fill_null(0).to_numpy().astype(np.int64) for name in ("width", "height")]
+        broken = clips["error"].is_valid().to_numpy()
+        self._files.append(
+            {
+                "ids": id_array(clips["clip_id"].to_pylist()),
+                "sources": id_array(clips["source_id"].to_pylist()),
+                "hashes": np.array([int(text, 16) if text else 0 for text in hashes], np.uint64),
+                "hashed": np.array([text is not None for text in hashes], bool),
+                "pixels": sides[0] * sides[1],
+                "held_whole": np.array([any(_matches(c, p) for p in self._whole) for c in named], bool),
+                "held_part": np.array([any(_matches(c, p) for p in self._parts) for c in named], bool),
+                "cause": np.where(broken, _ERROR, _NOT_SCORED).astype(np.int16),
+            }
+        )
+
+    def close(self) -> None:
+        """After the last `add`."""
+        assert self._files, "no clips"
+        joined = {name: np.concatenate([file[name] for file in self._files]) for name in self._files[0]}
+        self._files = []
+        self.ids, self.sources = joined["ids"], joined["sources"]
+        self.hashes, self.hashed, self.pixels = joined["hashes"], joined["hashed"], joined["pixels"]
+        self.held_whole, self.held_part = joined["held_whole"], joined["held_part"]
+        self.cause = joined["cause"]
+        self.value = np.zeros(len(self.ids))  # the score that rejects
+        self._lookup = Lookup(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def judge(self, scores: pa.Table) -> None:
+        """Hold rows of scores/ (clip_id, the scores with a threshold, error) against the thresholds."""
+        places = self._lookup.find(id_array(scores["clip_id"].to_pylist()))
+        self._decide(scores, places, (places >= 0) & (self.cause[places] != _ERROR))
+
+    def judge_learned(self, scores: pa.Table, made_by: Sequence[str]) -> None:
+        """Hold rows of learned_scores/ against the thresholds; after the last `judge`.
+
+        made_by: what made these rows. What came before stays: a network only judges clips that passed so far.
+        """
+        places = self._lookup.find(id_array(scores["clip_id"].to_pylist()))
+        known = places >= 0
+        for bit, scorer in enumerate(self._scorers):
+            if scorer in made_by:
+                self._found[places[known]] |= np.uint8(1 << bit)
+        ours = {column for scorer in made_by for column in self._scorers.get(scorer, ())}
+        table = scores.select(["clip_id", *[name for name in self._names if name in ours], "error"])
+        self._decide(table, places, known & (self.cause[places] == _PASSES))
+
+    def _decide(self, scores: pa.Table, places: np.ndarray, open_: np.ndarray) -> None:
+        """Set the cause of the open ones among the clips at these places, by the scores in the table."""
+        cause, value = np.full(len(places), _PASSES, np.int16), np.zeros(len(places))
+        for number, name in reversed(list(enumerate(self._names))):  # the first that rejects is the reason
+            if name not in scores.column_names:
+                continue
+            found = scores[name].cast(pa.float64()).fill_null(float("nan")).to_numpy()
+            threshold = self.thresholds[name]
+            low = np.zeros(len(found), bool) if threshold.min is None else found < threshold.min
+            high = np.zeros(len(found), bool) if threshold.max is None else found > threshold.max
+            cause[low | high] = number
+            value[low | high] = found[low | high]
+        for row, text in enumerate(scores["error"].to_pylist()):
+            if text is not None and open_[row]:
+                self.score_errors[int(places[row])] = text
+                cause[row] = _ERROR
+        self.cause[places[open_]], self.value[places[open_]] = cause[open_], value[open_]
+
+    def ask(self) -> None:
+        """After the last `judge`: the clips that pass are those that get learned scores."""
+        self._asked = self.cause == _PASSES
+        self._found = np.zeros(len(self.ids), np.uint8)
+
+    @property
+    def lacking(self) -> np.ndarray:
+        """Bits of the scorers (in their given order) that each clip still lacks, `(N,)` uint8."""
+        every = np.uint8((1 << len(self._scorers)) - 1)
+        return np.where(self._asked, ~self._found & every, np.uint8(0))
+
+    def settle(self) -> None:
+        """After the last `judge_learned`: a clip that lacks a score with a threshold is not kept yet."""
+        with_threshold = sum(
+            1 << bit for bit, columns in enumerate(self._scorers.values()) if set(columns) & set(self._names)
+        )
+        waits = (self.lacking & np.uint8(with_threshold)) != 0
+        self.cause[waits & (self.cause == _PASSES)] = _LACKS
+
+    @property
+    def not_scored(self) -> int:
+        return int((self.cause == _NOT_SCORED).sum())
+
+    def reason(self, index: int, clip_error: str | None) -> str | None:
+        """Why a clip is rejected whatever its twins are, or None."""
+        cause = int(self.cause[index])
+        if cause >= 0:
+            name = self._names[cause]
+            return self.thresholds[name].reason(name, float(self.value[index]))
+        if cause == _ERROR:
+            return f"error: {clip_error or self.score_errors[index]}"
+        return {_NOT_SCORED: "not scored", _LACKS: "learned scores not computed yet"}.get(cause)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What looking at all clips at once gives."""
+
+    twin: np.ndarray  # (N,) index of the clip that this one is a duplicate of, or -1
+    held_out: np.ndarray  # (N,) bool
+
+
+def decide(clips: Clips, duplicate_distance: int | None, held_out_share: float) -> Decision:
+    """Twins and sides of all clips.
+
+    Of a group of twins the largest clip that passes stays, others from other sources go; neighbours within
+    one source are no twins of each other (a still camera makes them alike).
+    """
+    labels = np.arange(len(clips), dtype=np.int32)
+    if duplicate_distance is not None and clips.hashed.any():
+        hashed = np.flatnonzero(clips.hashed)
+        # A group goes by its first clip's number.
+        groups = duplicate_labels(clips.hashes[hashed], duplicate_distance)
+        firsts = np.full(int(groups.max()) + 1, len(clips), np.int32)
+        np.minimum.at(firsts, groups, hashed.astype(np.int32))
+        labels[hashed] = firsts[groups]
+    order = np.lexsort((clips.ids, -clips.pixels, clips.cause != _PASSES, labels))
+    begins = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    best = np.zeros(len(clips), np.int32)
+    best[labels[order][begins]] = order[begins]
+    best = best[labels]
+    sources, source = np.unique(clips.sources, return_inverse=True)
+    source = source.astype(np.int32)
+    twin = np.where(source != source[best], best, -1)
+    return Decision(twin, split(clips, labels, sources, source, held_out_share))
+
+
+def split(
+    clips: Clips, labels: np.ndarray, sources: np.ndarray, source: np.ndarray, held_out_share: float
+) -> np.ndarray:
+    """Whether each clip is held out; neither a source nor a group of twins is on both sides.
+
+    labels: each clip's group of twins, by its first clip. sources: sorted ids; source: each clip's one.
     Sources with twins in each other are one unit. A pattern without a time span holds out its unit; one
     with a span only the clips that begin in it, and their twins.
     """
-    parent: dict[str, str] = {clip["source_id"]: clip["source_id"] for clip in clips}
-
-    def root(source: str) -> str:
-        while parent[source] != source:
-            parent[source] = parent[parent[source]]
-            source = parent[source]
-        return source
-
-    for group in groups:
-        for index in group[1:]:
-            parent[root(clips[index]["source_id"])] = root(clips[group[0]]["source_id"])
-    units: dict[str, str] = {}  # root -> smallest source id, which does not depend on the order of joining
-    for source in parent:
-        units[root(source)] = min(units.get(root(source), source), source)
-    whole = [pattern for pattern in held_out if "@" not in pattern]
-    parts = [pattern for pattern in held_out if "@" in pattern]
-    held_units = {root(c["source_id"]) for c in clips if any(_matches(c, pattern) for pattern in whole)}
-    threshold = held_out_share * 2**63
-    held_units |= {unit for unit, name in units.items() if schema.stable_hash("split", name) < threshold}
-    held = [
-        root(clip["source_id"]) in held_units or any(_matches(clip, pattern) for pattern in parts)
-        for clip in clips
-    ]
-    for group in groups:
-        if any(held[index] for index in group):
-            for index in group:
-                held[index] = True
-    return ["held_out" if is_held else "train" for is_held in held]
+    linked = np.flatnonzero(labels != np.arange(len(labels)))
+    pairs = np.stack([source[linked], source[labels[linked]]])
+    units = _components(len(sources), iter([pairs]))
+    held_units = np.zeros(len(sources), bool)
+    held_units[units[source[clips.held_whole]]] = True
+    if held_out_share > 0:
+        threshold = held_out_share * 2**63
+        # A unit's name is its smallest source, which does not depend on the order of joining.
+        numbers, firsts = np.unique(units, return_index=True)
+        for unit, first in zip(numbers, firsts, strict=True):
+            if schema.stable_hash("split", sources[first].decode()) < threshold:
+                held_units[unit] = True
+    held = held_units[units[source]] | clips.held_part
+    held_groups = np.zeros(len(labels), bool)
+    held_groups[labels[held]] = True
+    return held | held_groups[labels]
 
 
-def select(
-    clips: list[dict[str, Any]],
-    scores: dict[str, dict[str, Any]],
-    thresholds: dict[str, Threshold],
-    duplicate_distance: int | None,
-    held_out: list[str],
-    held_out_share: float,
-) -> list[dict[str, Any]]:
-    """Rows of selection/, one for each clip and in its order.
-
-    clips: rows of clips/ (clip_id, uri, source_id, start_s, width, height, phash, error); scores: rows of
-    scores/ by clip_id. Of a group of twins the largest clip that passes stays, others from other sources
-    go; neighbours within one source are no twins of each other (a still camera makes them alike).
-    """
-    reasons: list[str | None] = []
-    for clip in clips:
-        row = scores.get(clip["clip_id"])
-        reason = f"error: {clip['error']}" if clip["error"] else None
-        if reason is None and row is None:
-            reason = "not scored"
-        elif reason is None and row is not None and row["error"]:
-            reason = f"error: {row['error']}"
-        for name, threshold in thresholds.items():
-            if reason is None and row is not None:
-                reason = threshold.reason(name, row[name])
-        reasons.append(reason)
-    hashes = [clip["phash"] for clip in clips]
-    groups = [] if duplicate_distance is None else duplicate_groups(hashes, duplicate_distance)
-    duplicate_of: list[str | None] = [None] * len(clips)
-    for group in groups:
-        best = min(group, key=lambda i: (reasons[i] is not None, -_pixels(clips[i]), clips[i]["clip_id"]))
-        for index in group:
-            if clips[index]["source_id"] != clips[best]["source_id"]:
-                duplicate_of[index] = clips[best]["clip_id"]
-                reasons[index] = reasons[index] or f"duplicate: of {clips[best]['clip_id']}"
-    sides = split(clips, groups, held_out, held_out_share)
-    return [
-        {
-            "clip_id": clip["clip_id"],
-            "keep": reason is None,
-            "reject_reason": reason,
-            "duplicate_of": twin,
-            "split": side,
-        }
-        for clip, reason, twin, side in zip(clips, reasons, duplicate_of, sides, strict=True)
-    ]
-
-
-def _pixels(clip: dict[str, Any]) -> int:
-    return (clip["width"] or 0) * (clip["height"] or 0)
+def rows(clips: Clips, decision: Decision, first: int, table: pa.Table) -> list[dict[str, Any]]:
+    """Rows of selection/ for one file of clips/ (clip_id, error), whose first clip has number `first`."""
+    made = []
+    ids, errors = table["clip_id"].to_pylist(), table["error"].to_pylist()
+    for index, (clip_id, error) in enumerate(zip(ids, errors, strict=True), start=first):
+        reason, twin_of = clips.reason(index, error), None
+        if decision.twin[index] >= 0:
+            twin_of = clips.ids[decision.twin[index]].decode()
+            reason = reason or f"duplicate: of {twin_of}"
+        made.append(
+            {
+                "clip_id": clip_id,
+                "keep": reason is None,
+                "reject_reason": reason,
+                "duplicate_of": twin_of,
+                "split": "held_out" if decision.held_out[index] else "train",
+            }
+        )
+    return made

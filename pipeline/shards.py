@@ -1,97 +1,195 @@
 """Plan, then shards: how a stage divides its rows, skips what is done and survives a kill.
 
-A plan assigns input rows by hash to shards. One task makes one shard and writes it as
-`part-<plan>-<shard>.parquet`, whole or not at all; a file that is there means done. So a stage that is
-run again makes only what is missing, and rows are neither lost nor written twice. Rows of a later plan
-(new clips, a looser threshold) go to new files beside the old ones.
+A plan assigns input rows to shards. One task makes one shard and writes it as `part-<plan>-<shard>.parquet`,
+whole or not at all; a file that is there means done. So a stage that is run again makes only what is
+missing, and rows are neither lost nor written twice. Rows of a later plan (new clips, a looser threshold)
+go to new files beside the old ones.
+
+A plan is a Parquet file below `_plan/` whose row groups are the shards; a task reads its own row group. Many
+rows make several plans of at most `ROWS_PER_PLAN`, so that the driver holds one of them at a time and of
+all others 8 bytes a row.
 """
 
 import dataclasses
+import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from pipeline import schema, storage
+from pipeline import metrics, schema, storage
 
 PLANS = "_plan"
-PLAN_SCHEMA = pa.schema([("id", pa.string()), ("file", pa.string()), ("row", pa.string())])
+PLAN_SCHEMA = pa.schema([("id", pa.string()), ("row", pa.string())])
+ROWS_PER_PLAN = 8192
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One unit of work: a few planned rows and the file that they become."""
+    """One unit of work: a few planned rows (a row group of a plan) and the file that they become."""
 
-    name: str
-    rows: list[dict[str, Any]]
+    plan: str
+    number: int
+    size: int  # rows
+
+    @property
+    def name(self) -> str:
+        return f"part-{self.plan}-{self.number:05d}.parquet"
 
     def to_json(self) -> str:
         """What travels to the task that makes it."""
         return json.dumps(dataclasses.asdict(self))
 
 
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """What a stage has to do: the shards without a file."""
+
+    rows: int  # that were given, each once
+    pending: list[Shard]
+
+    @property
+    def already_done(self) -> int:
+        """Rows whose shard was made before (more than `rows` if some were given in an earlier run only)."""
+        return max(0, self.rows - sum(shard.size for shard in self.pending))
+
+
 def check_fingerprint(folder_url: str, fingerprint: str) -> None:
-    """ValueError if the folder holds rows that were made in another way."""
-    files = storage.parquet_files(folder_url)
-    if not files:
-        return
-    found = (storage.read_schema(files[0]).metadata or {}).get(schema.FINGERPRINT_KEY, b"").decode()
-    if found != fingerprint:
-        raise ValueError(
-            f"{folder_url}: holds rows made with other settings or models (fingerprint {found or 'none'}, "
-            f"now {fingerprint}); write to another folder or remove this one"
-        )
+    """ValueError if the folder holds rows, or plans of rows, that were made in another way."""
+    files = [*storage.parquet_files(folder_url)[:1], *_plan_files(folder_url)[:1]]
+    for file in files:
+        found = (storage.read_schema(file).metadata or {}).get(schema.FINGERPRINT_KEY, b"").decode()
+        if found != fingerprint:
+            raise ValueError(
+                f"{folder_url}: holds rows made with other settings or models (fingerprint "
+                f"{found or 'none'}, now {fingerprint}); write to another folder or remove this one"
+            )
 
 
-def read_plans(folder_url: str) -> list[pa.Table]:
-    """Every plan that was ever written for a table's folder."""
-    files = storage.list_files(storage.join(folder_url, PLANS))
-    return [storage.read_table(url) for url, _, _ in files if url.endswith(".parquet")]
+def _plan_files(folder_url: str) -> list[str]:
+    return storage.parquet_files(storage.join(folder_url, PLANS))
+
+
+def _hashes(ids: Iterable[str]) -> np.ndarray:
+    """A 63-bit number for each id. Two of a billion ids are alike with a chance of 5%, of a million 5e-8."""
+    return np.fromiter((schema.stable_hash(row_id) for row_id in ids), np.int64)
+
+
+def _among(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Whether each value is in the sorted array."""
+    places = np.searchsorted(known, values)
+    return np.append(known, -1)[places] == values
+
+
+def _chunks(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    iterator = iter(rows)
+    while chunk := list(itertools.islice(iterator, ROWS_PER_PLAN)):
+        yield chunk
 
 
 def plan(
-    folder_url: str, rows: list[dict[str, Any]], id_column: str, fingerprint: str, rows_per_shard: int
-) -> list[Shard]:
-    """Plan the rows that no earlier plan holds, then return every planned shard that is still to make.
+    folder_url: str,
+    rows: Iterable[dict[str, Any]],
+    id_column: str,
+    fingerprint: str,
+    rows_per_shard: int,
+    near: Callable[[dict[str, Any]], str] | None = None,
+) -> Planned:
+    """Plan the rows that no earlier plan holds, then tell every planned shard that is still to make.
 
-    A row is what a task needs to begin with; its `id_column` is its identity. The plan is written before
-    any work starts (`_plan/<plan>.parquet`), so a stage that was killed finds the same shards again, and
-    a late writer of the killed run can only write the same bytes to the same name.
+    A row is what a task needs to begin with; its `id_column` is its identity, and one that comes twice
+    counts once. near: rows for which it is equal (a source's clips) go to the same shard if they can. Plans
+    are written before any work starts, so a stage that was killed finds the same shards again, and a late
+    writer of the killed run can only write the same bytes to the same name.
     """
     check_fingerprint(folder_url, fingerprint)
-    planned = read_plans(folder_url)
-    known = {row_id for table in planned for row_id in table.column("id").to_pylist()}
-    fresh = sorted((row for row in rows if row[id_column] not in known), key=lambda row: row[id_column])
-    if fresh:
-        name = schema.stable_id(fingerprint, *[row[id_column] for row in fresh])[:8]
-        number = -(-len(fresh) // rows_per_shard)
-        table = pa.Table.from_pylist(
-            [
-                {
-                    "id": row[id_column],
-                    "file": f"part-{name}-{schema.stable_hash(row[id_column]) % number:05d}.parquet",
-                    "row": json.dumps(row),
-                }
-                for row in fresh
-            ],
-            schema=PLAN_SCHEMA,
-        )
-        storage.write_table(storage.join(folder_url, PLANS, f"{name}.parquet"), [table], PLAN_SCHEMA)
-        planned.append(table)
+    parts = [_hashes(storage.read_table(file, ["id"])["id"].to_pylist()) for file in _plan_files(folder_url)]
+    known = np.sort(np.concatenate([np.zeros(0, np.int64), *parts]))
+    del parts
+    seen = np.zeros(0, np.int64)
+    for chunk in _chunks(rows):
+        by_hash = dict(zip(_hashes(row[id_column] for row in chunk).tolist(), chunk, strict=True))
+        hashes = np.fromiter(by_hash, np.int64)
+        seen = _merge(seen, hashes[~_among(hashes, seen)])
+        fresh = hashes[~_among(hashes, known)]
+        if len(fresh):
+            _write_plan(
+                folder_url, [by_hash[int(key)] for key in fresh], id_column, fingerprint, rows_per_shard, near
+            )
+            known = _merge(known, fresh)
+    return Planned(len(seen), pending_shards(folder_url))
+
+
+def _merge(known: np.ndarray, more: np.ndarray) -> np.ndarray:
+    return np.sort(np.concatenate([known, more]), kind="stable")  # two sorted runs: linear
+
+
+def _write_plan(
+    folder_url: str,
+    rows: list[dict[str, Any]],
+    id_column: str,
+    fingerprint: str,
+    rows_per_shard: int,
+    near: Callable[[dict[str, Any]], str] | None,
+) -> None:
+    """One plan file; its rows in the order of hashes, so that a shard is a fair mixture."""
+
+    def order(row: dict[str, Any]) -> tuple[int, str]:
+        return schema.stable_hash(near(row) if near else row[id_column]), row[id_column]
+
+    rows = sorted(rows, key=order)
+    name = schema.stable_id(fingerprint, *[row[id_column] for row in rows])[:12]
+    table = pa.Table.from_pylist(
+        [{"id": row[id_column], "row": json.dumps(row)} for row in rows], schema=PLAN_SCHEMA
+    )
+    # Equal parts, none of which is larger than asked for.
+    number = -(-len(rows) // rows_per_shard)
+    edges = [len(rows) * i // number for i in range(number + 1)]
+    groups = [table.slice(first, last - first) for first, last in itertools.pairwise(edges)]
+    url = storage.join(folder_url, PLANS, f"{name}.parquet")
+    storage.write_table(url, groups, schema.with_fingerprint(PLAN_SCHEMA, fingerprint))
+
+
+def planned_shards(folder_url: str) -> Iterator[Shard]:
+    """Every shard of every plan, whether it has been made or not."""
+    for file in _plan_files(folder_url):
+        name = file.rsplit("/", 1)[1].removesuffix(".parquet")
+        footer = storage.read_metadata(file)
+        for number in range(footer.num_row_groups):
+            yield Shard(name, number, footer.row_group(number).num_rows)
+
+
+def pending_shards(folder_url: str) -> list[Shard]:
+    """The planned shards that have no file yet."""
     made = {url.rsplit("/", 1)[1] for url in storage.parquet_files(folder_url)}
-    shards: dict[str, list[dict[str, Any]]] = {}
-    for table in planned:
-        for row in table.to_pylist():
-            if row["file"] not in made:
-                shards.setdefault(row["file"], []).append(json.loads(row["row"]))
-    return [Shard(name, shards[name]) for name in sorted(shards)]
+    return [shard for shard in planned_shards(folder_url) if shard.name not in made]
+
+
+def read_shard(folder_url: str, shard: Shard) -> list[dict[str, Any]]:
+    """The planned rows of a shard."""
+    url = storage.join(folder_url, PLANS, f"{shard.plan}.parquet")
+    table = storage.read_table(url, ["row"], row_group=shard.number)
+    return [json.loads(row) for row in table["row"].to_pylist()]
+
+
+def joined(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows as tables of at least ROWS_PER_PLAN rows, but for the last: fewer, larger row groups."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(part.num_rows for part in waiting) >= ROWS_PER_PLAN:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
 
 
 def row_groups(rows: list[dict[str, Any]], table_schema: pa.Schema) -> list[pa.Table]:
-    """The rows as tables of at most 64 rows and about 128 MB each."""
+    """The rows as tables of at most 64 rows and about 4 MB each (or one larger row)."""
     groups: list[list[dict[str, Any]]] = [[]]
     size = 0
     for row in rows:
@@ -135,9 +233,10 @@ def make_shard(
     """Turn a shard's planned rows into output rows, write them, report. Runs in one task or actor."""
     start = time.monotonic()
     shard = Shard(**json.loads(shard_json))
-    rows = make_rows(shard.rows)
+    rows = make_rows(read_shard(folder_url, shard))
     size = write_shard(folder_url, shard, rows, table_schema)
     errors = sum(1 for row in rows if row.get("error"))
+    metrics.count_shard(folder_url.rsplit("/", 1)[1], len(rows), errors, size)
     return ShardReport(len(rows), errors, time.monotonic() - start, size).as_row()
 
 

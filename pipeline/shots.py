@@ -1,8 +1,12 @@
 """From a source to its clips: shot boundaries, cutting to a length, perceptual hashes.
 
-Runs in the sandbox's child: one pass over small frames, nothing but numbers comes back. Cuts are found
-with PySceneDetect's detectors on our own decoder's frames: AdaptiveDetector for hard cuts (a frame that
-differs far more than its neighbours do, so fast motion is no cut), ThresholdDetector for fades through black.
+`scan` looks at each frame of a time span (in the sandbox's child: small pictures, nothing but numbers comes
+back); `join` puts the spans of one source together; `cut` decides where clips begin and end, from the
+whole source's numbers, so that a source scanned in parts gives the clips of one pass.
+
+Cuts are found with PySceneDetect's detectors on our own decoder's frames: AdaptiveDetector for hard cuts (a
+frame that differs far more than its neighbours do, so fast motion is no cut), ThresholdDetector for fades
+through black.
 """
 
 import dataclasses
@@ -14,15 +18,21 @@ from typing import Any
 import cv2
 import numpy as np
 from scenedetect import FrameTimecode
-from scenedetect.detectors import AdaptiveDetector, ThresholdDetector
+from scenedetect.detectors import AdaptiveDetector, ContentDetector, ThresholdDetector
 
-from pipeline import media
+from pipeline import display, media
 
 SCAN_SIDE_PX = 256
 """The longer side of the frames on which cuts are sought."""
 
+OVERLAP_S = 2.0
+"""A span is scanned from this long before its beginning: what the frames before it change is far within, and
+the two scans of the overlap must agree."""
+
+_MAX_SPANS = 2000  # a week in spans of 5 minutes; a longer duration is a forged header's
 _HASH_SIDE_PX = 32
 _PROGRESS_FRAMES = 32
+_DAMAGED, _INTERLACED = 1, 2
 VERSION = 1
 """Goes up when the same file would give other clips."""
 
@@ -38,21 +48,44 @@ class Cutting:
     fade_level: float
 
 
-@dataclasses.dataclass
-class _Scan:
-    """One value per frame that was seen."""
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a scan must know of the whole source, from its probe."""
 
-    stamps: list[int] = dataclasses.field(default_factory=list)
-    thumbnails: list[bytes] = dataclasses.field(default_factory=list)
-    cuts: set[int] = dataclasses.field(default_factory=set)  # index of the first frame after the cut
-    damaged: set[int] = dataclasses.field(default_factory=set)
-    interlaced: int = 0
-    end_pts: int = 0
-    stopped: str = ""
+    size: tuple[int, int]  # coded (width, height) of the first frame
+    fps: Fraction
+    time_base: Fraction
 
 
-def phash(grey: np.ndarray) -> str:
-    """64-bit perceptual hash of a grey picture as 16 hex digits.
+FRAME = np.dtype(
+    [
+        ("stamp", np.int64),  # in ticks
+        ("end", np.int64),  # stamp + the frame's own duration
+        ("score", np.float64),  # PySceneDetect's difference to the frame before; 0 for a damaged one
+        ("level", np.float64),  # mean of the picture, 0 to 255
+        ("phash", np.uint64),
+        ("flags", np.uint8),
+    ]
+)
+"""One frame as a scan sees it: 41 bytes. A clip's hash is its middle frame's."""
+
+
+class _FrameScore(ContentDetector):
+    """The library's measure of how far a frame is from the one before, without its decision."""
+
+    def score(self, timecode: FrameTimecode, picture: np.ndarray) -> float:
+        return self._calculate_frame_score(timecode, picture)
+
+
+class _HardCuts(AdaptiveDetector):
+    """The library's decision, on scores that were measured before."""
+
+    def _calculate_frame_score(self, timecode: FrameTimecode, frame_img: np.ndarray) -> float:
+        return float(frame_img)
+
+
+def _hash_bits(grey: np.ndarray) -> int:
+    """64-bit perceptual hash of a grey picture.
 
     The signs, against their median, of the 8x8 lowest frequencies of the 32x32 DCT: equal for copies at
     another size or bit rate up to a few bits.
@@ -60,108 +93,135 @@ def phash(grey: np.ndarray) -> str:
     small = cv2.resize(grey, (_HASH_SIDE_PX, _HASH_SIDE_PX), interpolation=cv2.INTER_AREA)
     low = cv2.dct(small.astype(np.float32))[:8, :8].ravel()
     bits = low > np.median(low[1:])  # without the mean, which would shift the median
-    return f"{int(''.join('1' if bit else '0' for bit in bits), 2):016x}"
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def scan(path: str, cutting: Cutting, max_pixels: int) -> Iterator[dict[str, Any]]:
-    """Yield `{"frames": n}` as the scan goes on, at last `{"clips": [...], "stopped": reason or ""}`.
+def scan(
+    path: str, max_pixels: int, source: Source, start_pts: int | None = None, end_pts: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield `{"frames": array of FRAME}` every so often, at last `{"frames": ..., "stopped": reason or ""}`.
 
-    A clip is a dict of start_pts, end_pts, num_frames, fps, vfr, interlaced and phash. Frames that the
-    decoder marks as damaged, or whose size differs from the first one's, belong to no clip.
+    start_pts, end_pts: the span to look at, all of it if None. Frames that the decoder marks as damaged, or
+    whose size differs from the source's, are flagged and belong to no clip.
     """
-    result = _Scan()
-    rate, time_base = Fraction(25), Fraction(1)
-    detectors: list[Any] = [
-        AdaptiveDetector(
-            adaptive_threshold=cutting.cut_ratio, min_content_val=cutting.cut_difference, min_scene_len=1
-        ),
-        ThresholdDetector(threshold=cutting.fade_level, min_scene_len=1),
-    ]
+    convert, detector = display.RgbConverter(SCAN_SIDE_PX), _FrameScore()
+    found: list[tuple[Any, ...]] = []
+    seen, stopped = False, ""
     try:
-        convert, size = media.RgbConverter(SCAN_SIDE_PX), (0, 0)
-        for stamp, frame, stream in media.decode_video(path, max_pixels=max_pixels):
-            index = len(result.stamps)
-            if index == 0:
-                size, time_base = (frame.width, frame.height), Fraction(stream.time_base)
-                rate = media.stream_fps(stream)
-            result.stamps.append(stamp)
-            result.end_pts = stamp + (frame.duration or media.frame_step(stream))
-            result.interlaced += frame.interlaced_frame
-            if frame.is_corrupt or (frame.width, frame.height) != size:
-                result.damaged.add(index)
-                result.thumbnails.append(b"")
-                continue
-            picture = cv2.cvtColor(convert(frame, stream), cv2.COLOR_RGB2BGR)
-            _look(result, detectors, index, rate, picture)
-            if index % _PROGRESS_FRAMES == 0:
-                yield {"frames": index + 1}
+        for stamp, frame, stream in media.decode_video(path, start_pts, end_pts, max_pixels=max_pixels):
+            end = stamp + (frame.duration or media.frame_step(stream))
+            flags = _INTERLACED * frame.interlaced_frame
+            if frame.is_corrupt or (frame.width, frame.height) != source.size:
+                found.append((stamp, end, 0.0, 0.0, 0, flags | _DAMAGED))
+            else:
+                picture = cv2.cvtColor(convert(frame, stream), cv2.COLOR_RGB2BGR)
+                grey = cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY)
+                score = detector.score(_timecode(len(found), source.fps), picture)
+                found.append((stamp, end, score, float(np.mean(picture)), _hash_bits(grey), flags))
+            if len(found) == _PROGRESS_FRAMES:
+                yield {"frames": np.array(found, FRAME)}
+                found, seen = [], True
     except ValueError as error:
-        if not result.stamps:
+        if not found and not seen:
             raise
-        result.stopped = str(error)
-    if result.stamps:
-        for detector in detectors:
-            result.cuts |= {
-                cut.frame_num for cut in detector.post_process(_timecode(len(result.stamps), rate))
-            }
-    clips = [_clip(result, first, last, rate, time_base) for first, last in _pieces(result, cutting)]
-    yield {"clips": clips, "stopped": result.stopped, "frames": len(result.stamps)}
+        stopped = str(error)
+    yield {"frames": np.array(found, FRAME), "stopped": stopped}
+
+
+def spans(start_pts: int, duration_s: float | None, segment_s: float, time_base: Fraction) -> list[int]:
+    """Where the spans of a source begin, in ticks; one span if its length is unknown, not much over one, or
+    beyond belief."""
+    count = round((duration_s or 0.0) / segment_s)
+    if not 1 < count <= _MAX_SPANS:
+        return [start_pts]
+    ticks = round(segment_s / time_base)
+    return [start_pts + i * ticks for i in range(count)]
+
+
+def join(parts: list[np.ndarray], begins: list[int], time_base: Fraction) -> np.ndarray | None:
+    """The frames of consecutive spans as those of one pass; None if the scans do not agree where they overlap
+    (seeking in this file does not lead where it should), so that only one pass can tell.
+
+    parts: FRAME arrays, each scanned from OVERLAP_S before its beginning; begins: the beginnings, in ticks.
+    """
+    overlap = round(OVERLAP_S / time_base)
+    joined = [parts[0]]
+    for before, part, begin in zip(parts, parts[1:], begins[1:], strict=False):
+        one = before[before["stamp"] >= begin - overlap]
+        other = part[part["stamp"] < begin]
+        # The first score of a span has nothing to compare with, and damage may show in one scan only.
+        if len(other) < 2 or not np.array_equal(one[1:], other[1:]) or one["stamp"][0] != other["stamp"][0]:
+            return None
+        joined.append(part[part["stamp"] >= begin])
+    return np.concatenate(joined)
 
 
 def _timecode(index: int, rate: Fraction) -> FrameTimecode:
     return FrameTimecode(index, fps=float(rate))
 
 
-def _look(result: _Scan, detectors: list[Any], index: int, rate: Fraction, picture: np.ndarray) -> None:
-    """Show one small BGR frame to the detectors and keep its thumbnail."""
-    for detector in detectors:
-        result.cuts |= {cut.frame_num for cut in detector.process_frame(_timecode(index, rate), picture)}
-    grey = cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY)
-    small = cv2.resize(grey, (_HASH_SIDE_PX, _HASH_SIDE_PX), interpolation=cv2.INTER_AREA)
-    result.thumbnails.append(small.tobytes())
+def _cuts(frames: np.ndarray, cutting: Cutting, rate: Fraction) -> set[int]:
+    """Index of the first frame after each cut."""
+    hard = _HardCuts(
+        adaptive_threshold=cutting.cut_ratio, min_content_val=cutting.cut_difference, min_scene_len=1
+    )
+    fades = ThresholdDetector(threshold=cutting.fade_level, min_scene_len=1)
+    cuts: set[int] = set()
+    for index in np.flatnonzero(frames["flags"] & _DAMAGED == 0):
+        timecode = _timecode(int(index), rate)
+        found = [*hard.process_frame(timecode, frames["score"][index])]
+        found += fades.process_frame(timecode, frames["level"][index])
+        cuts |= {cut.frame_num for cut in found}
+    return cuts
 
 
-def _pieces(result: _Scan, cutting: Cutting) -> list[tuple[int, int]]:
+def cut(frames: np.ndarray, cutting: Cutting, source: Source) -> list[dict[str, Any]]:
+    """The clips of a source's frames: start_pts, end_pts, num_frames, fps, vfr, interlaced, phash of each."""
+    damaged = {int(index) for index in np.flatnonzero(frames["flags"] & _DAMAGED)}
+    edges = {0, len(frames), *(cut for cut in _cuts(frames, cutting, source.fps) if cut < len(frames))}
+    interlaced = int((frames["flags"] & _INTERLACED != 0).sum()) * 2 > len(frames)
+    pieces = _pieces(sorted(edges), damaged, cutting)
+    return [_clip(frames, first, last, interlaced, source) for first, last in pieces]
+
+
+def _pieces(edges: list[int], damaged: set[int], cutting: Cutting) -> list[tuple[int, int]]:
     """[first, last) frame indices of the clips.
 
     Shots are cut into pieces of max_clip_frames from their start; a piece (so, a shot or its tail) with
     fewer than min_clip_frames is left out, unless nothing else is left of the source.
     """
-    total = len(result.stamps)
-    edges = sorted({0, total, *(cut for cut in result.cuts if cut < total)})
-    edges = sorted({*edges, *result.damaged, *(index + 1 for index in result.damaged)})
+    edges = sorted({*edges, *damaged, *(index + 1 for index in damaged)})
     pieces = [
         (first, min(first + cutting.max_clip_frames, end))
         for start, end in itertools.pairwise(edges)
-        if start not in result.damaged
+        if start not in damaged
         for first in range(start, end, cutting.max_clip_frames)
     ]
     long_enough = [(first, last) for first, last in pieces if last - first >= cutting.min_clip_frames]
     return long_enough or pieces
 
 
-def _clip(result: _Scan, first: int, last: int, rate: Fraction, time_base: Fraction) -> dict[str, Any]:
-    stamps = result.stamps[first:last]
-    end = result.stamps[last] if last < len(result.stamps) else result.end_pts
+def _clip(frames: np.ndarray, first: int, last: int, interlaced: bool, source: Source) -> dict[str, Any]:
+    stamps = frames["stamp"][first:last]
+    end = int(frames["stamp"][last] if last < len(frames) else frames["end"][-1])
     steps = np.diff([*stamps, end]) if len(stamps) > 1 else np.array([1])
     # Containers with coarse ticks (1 ms) make equal steps uneven by a tick.
     vfr = bool(steps.max() - steps.min() > max(2, 0.25 * np.median(steps)))
-    fps = float(rate)
+    fps = float(source.fps)
     if vfr:
-        fps = float((len(stamps) - 1) / ((stamps[-1] - stamps[0]) * time_base))
-    thumbnail = np.frombuffer(result.thumbnails[(first + last) // 2], np.uint8)
+        fps = float((len(stamps) - 1) / (int(stamps[-1] - stamps[0]) * source.time_base))
     return {
-        "start_pts": stamps[0],
+        "start_pts": int(stamps[0]),
         "end_pts": end,
         "num_frames": last - first,
         "fps": fps,
         "vfr": vfr,
-        "interlaced": result.interlaced * 2 > len(result.stamps),
-        "phash": phash(thumbnail.reshape(_HASH_SIDE_PX, _HASH_SIDE_PX)),
+        "interlaced": interlaced,
+        "phash": f"{int(frames['phash'][(first + last) // 2]):016x}",
     }
 
 
 def scan_image(path: str, max_pixels: int) -> str:
-    """The perceptual hash of a still picture."""
-    picture = media.shrink(media.load_image(path, max_pixels), SCAN_SIDE_PX)
-    return phash(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY))
+    """The perceptual hash of a still picture, 16 hex digits."""
+    picture = display.shrink(media.load_image(path, max_pixels), SCAN_SIDE_PX)
+    return f"{_hash_bits(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)):016x}"

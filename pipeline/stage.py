@@ -4,31 +4,42 @@ Stages run as `ray job submit --working-dir . -- python -m jobs.<stage> --config
 the cluster it was submitted to. Nothing here knows what a stage does.
 """
 
+import contextlib
 import dataclasses
+import http.client
+import os
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from typing import Any
 
 import psutil
 import ray
 
-from pipeline import shards, storage
+from pipeline import shards, sources, storage
 from pipeline.schema import SUMMARY
 
-_MAX_SHARDS_IN_ONE_CALL = 10_000
+_SHARDS_PER_ROUND = 10_000
 
 
 def connect() -> None:
     """Connect to the cluster of this job (or start a local one when run by hand)."""
     if not ray.is_initialized():
-        ray.init(ignore_reinit_error=True, log_to_driver=True)
+        # Submitted jobs are told their cluster. Without that, Ray would join whichever it last saw start
+        # here, also one that was killed since.
+        ray.init(os.environ.get("RAY_ADDRESS", "local"), log_to_driver=True)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = True
 
 
 def nodes() -> int:
     return sum(1 for node in ray.nodes() if node["Alive"])
+
+
+def cores() -> float:
+    """CPU cores of the cluster as it is now."""
+    return ray.cluster_resources().get("CPU", 0.0)
 
 
 def check_shared(url: str, shared_filesystem: bool, key: str) -> None:
@@ -60,11 +71,28 @@ def job_processes() -> list[psutil.Process]:
     return [root, *root.children(recursive=True)]
 
 
+def object_store_bytes() -> int:
+    """Object-store memory in use on all nodes, as each node's metrics port tells it (every 10 s or so)."""
+    total = 0.0
+    for node in ray.nodes():
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        with (
+            contextlib.suppress(OSError, http.client.HTTPException),
+            urllib.request.urlopen(url, timeout=5) as answer,
+        ):
+            for line in answer.read().decode().splitlines():
+                if line.startswith("ray_object_store_used_memory{"):
+                    total += float(line.rsplit(" ", 1)[1])
+    return int(total)
+
+
 class PeakMemory:
-    """Samples the memory (sum of PSS) of this job's processes on this machine until it is closed."""
+    """Samples the memory (sum of PSS) of this job's processes on this machine, and the object store of the
+    cluster, until it is closed."""
 
     def __init__(self, interval_s: float = 2.0) -> None:
         self.peak_bytes = 0
+        self.peak_object_store_bytes = 0
         self._interval_s = interval_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -72,6 +100,7 @@ class PeakMemory:
     def _watch(self) -> None:
         while not self._stop.is_set():
             self.peak_bytes = max(self.peak_bytes, sum(map(proportional_memory, job_processes())))
+            self.peak_object_store_bytes = max(self.peak_object_store_bytes, object_store_bytes())
             self._stop.wait(self._interval_s)
 
     def __enter__(self) -> "PeakMemory":
@@ -96,6 +125,7 @@ class Summary:
     seconds: float = 0.0
     bytes: int = 0
     peak_memory_bytes: int = 0
+    peak_object_store_bytes: int = 0
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -116,6 +146,7 @@ class Summary:
             ("rows/s", f"{self.rows_per_second:.2f}"),
             ("MB written", f"{self.bytes / 1e6:.1f}"),
             ("peak memory GiB", f"{self.peak_memory_bytes / 2**30:.2f}"),
+            ("peak object store MB", f"{self.peak_object_store_bytes / 1e6:.1f}"),
             *[(key, f"{value}") for key, value in self.details.items() if not isinstance(value, list | dict)],
         ]
         width = max(len(name) for name, _ in lines)
@@ -127,10 +158,14 @@ def run_stage(name: str, folder_url: str, work: Callable[[Summary], None]) -> Su
     connect()
     summary = Summary(name)
     start = time.monotonic()
-    with PeakMemory() as memory:
-        work(summary)
+    try:
+        with PeakMemory() as memory:
+            work(summary)
+    finally:
+        sources.clear_on_every_node()
     summary.seconds = time.monotonic() - start
     summary.peak_memory_bytes = memory.peak_bytes
+    summary.peak_object_store_bytes = memory.peak_object_store_bytes
     storage.write_json(storage.join(folder_url, SUMMARY), summary.as_dict())
     print(summary.table(), flush=True)
     return summary
@@ -147,16 +182,17 @@ def run_shards(
     """Send every pending shard through one Ray Data operator; one shard is one block, one task, one file.
 
     task: `row {"shard": JSON of a Shard} -> report row` as a function, or a class (an actor that loads its
-    models once) with such a `__call__`.
+    models once) with such a `__call__`. Many shards go in rounds, so that Ray holds a bounded number.
     """
-    if not pending:
-        return []
-    rows = [{"shard": shard.to_json()} for shard in pending]
-    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), _MAX_SHARDS_IN_ONE_CALL))
-    if isinstance(task, type):
-        strategy = ray.data.ActorPoolStrategy(size=concurrency or 1)
-        mapped = dataset.map(task, fn_constructor_args=constructor_args, compute=strategy, **resources)
-    else:
-        mapped = dataset.map(task, fn_args=constructor_args, concurrency=concurrency, **resources)
-    mapped.set_name(name)
-    return mapped.take_all()
+    reports: list[dict[str, Any]] = []
+    for first in range(0, len(pending), _SHARDS_PER_ROUND):
+        rows = [{"shard": shard.to_json()} for shard in pending[first : first + _SHARDS_PER_ROUND]]
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+        if isinstance(task, type):
+            strategy = ray.data.ActorPoolStrategy(size=concurrency or 1)
+            mapped = dataset.map(task, fn_constructor_args=constructor_args, compute=strategy, **resources)
+        else:
+            mapped = dataset.map(task, fn_args=constructor_args, concurrency=concurrency, **resources)
+        mapped.set_name(name)
+        reports += mapped.take_all()
+    return reports

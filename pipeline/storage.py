@@ -2,32 +2,86 @@
 
 URLs are absolute: a stage runs as a Ray job whose working directory is a copy that vanishes with it.
 Credentials come from the environment (or the machine's role) and never stand in a URL.
+
+An object appears whole or not at all. What an object store fails to do is tried again with back-off; what
+still fails after that is a StorageError, which ends the job (run it again, it goes on) instead of becoming
+an error row: an outage says nothing about a file.
 """
 
+import asyncio
 import contextlib
-import io
+import hashlib
 import json
 import os
+import random
+import shutil
+import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
+import aiohttp
+import botocore.exceptions
 import fsspec
 import pyarrow as pa
 import pyarrow.fs as pa_fs
 import pyarrow.parquet as pq
 
+T = TypeVar("T")
+
+# Each request is tried by botocore, then by s3fs (5 times, dropped connections), then by `_insist`.
 _S3_OPTIONS: dict[str, Any] = {
     "use_listings_cache": False,
     "default_block_size": 16 * 1024**2,
     "config_kwargs": {
         "connect_timeout": 10,
-        "read_timeout": 60,
-        "retries": {"max_attempts": 8, "mode": "adaptive"},
+        "read_timeout": 20,
+        "retries": {"max_attempts": 3, "mode": "standard"},
     },
 }
+_ATTEMPTS = 5
+_FIRST_PAUSE_S = 0.5
+_FAILURES = (OSError, asyncio.TimeoutError, aiohttp.ClientError, botocore.exceptions.BotoCoreError)
+_KEYS_PER_PAGE = 1000  # of a listing
+
+
+class StorageError(RuntimeError):
+    """The object store did not answer, or not in full, however often it was asked."""
+
+
+def _insist(url: str, action: Callable[[], T], final: tuple[type[Exception], ...]) -> T:
+    """The action's result, tried again with growing pauses while an s3:// URL's store fails.
+
+    final: what no further attempt can change (a missing object) and is raised as it is.
+    """
+    if not url.startswith("s3://"):
+        return action()
+    for attempt in range(_ATTEMPTS):
+        try:
+            return action()
+        except final as error:
+            if isinstance(error, PermissionError) and "AccessDenied" not in str(error.__cause__):
+                raise StorageError(f"{url}: the credentials are refused: {error}") from error
+            raise
+        except _FAILURES as error:
+            if attempt == _ATTEMPTS - 1:
+                raise StorageError(f"{url}: gave up after {_ATTEMPTS} attempts: {error}") from error
+        time.sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))  # spread out, not in step
+    raise AssertionError
+
+
+def _reading(url: str, action: Callable[[], T]) -> T:
+    return _insist(url, action, (FileNotFoundError, PermissionError))
+
+
+def _writing(url: str, action: Callable[[], T]) -> T:
+    """Writes are whole objects of the same bytes, so that doing one again is harmless. "No such upload"
+    (FileNotFoundError) may only mean that the reply to its completion was lost."""
+    return _insist(url, action, (PermissionError,))
 
 
 def check_url(url: str, key: str) -> str:
@@ -76,41 +130,148 @@ def join(url: str, *names: str) -> str:
 
 
 def exists(url: str) -> bool:
-    return filesystem(url).exists(path_of(url))
+    return _reading(url, lambda: filesystem(url).exists(path_of(url)))
+
+
+def walk(url: str) -> Iterator[tuple[str, int, str]]:
+    """Every file below a URL (or the file that it is) as (URL, bytes, etag or ''), a folder or a page at a
+    time, so that memory does not grow with their number. In a stable order; a missing folder has none."""
+    found = False
+    for entry in _walk_bucket(url) if url.startswith("s3://") else _walk_folder(path_of(url)):
+        found = True
+        yield entry
+    if not found and (info := _file_info(url)) is not None:
+        yield url, int(info["size"]), str(info.get("ETag", "")).strip('"')
+
+
+def _walk_bucket(url: str) -> Iterator[tuple[str, int, str]]:
+    bucket, _, prefix = path_of(url).partition("/")
+    prefix = prefix and prefix.rstrip("/") + "/"
+    request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": _KEYS_PER_PAGE}
+    fs = filesystem(url)
+    while True:
+        page = _reading(url, lambda: fs.call_s3("list_objects_v2", **request))
+        for entry in page.get("Contents", []):
+            if not entry["Key"].endswith("/"):
+                yield f"s3://{bucket}/{entry['Key']}", int(entry["Size"]), entry.get("ETag", "").strip('"')
+        if not page.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _walk_folder(path: str) -> Iterator[tuple[str, int, str]]:
+    try:
+        entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        with contextlib.suppress(FileNotFoundError):  # taken away meanwhile
+            if entry.is_dir():
+                if entry.is_symlink() and f"{path}/".startswith(os.path.realpath(entry.path) + "/"):
+                    continue  # a loop
+                yield from _walk_folder(entry.path)
+            elif entry.is_file():
+                yield f"file://{entry.path}", entry.stat().st_size, ""
+
+
+def _file_info(url: str) -> dict[str, Any] | None:
+    """What the filesystem says of a file; None if there is none."""
+    try:
+        info = _reading(url, lambda: filesystem(url).info(path_of(url)))
+    except FileNotFoundError:
+        return None
+    return info if info["type"] == "file" else None
+
+
+def size_of(url: str) -> int | None:
+    """Bytes of a file, None if there is none."""
+    info = _file_info(url)
+    return None if info is None else int(info["size"])
 
 
 def list_files(url: str) -> list[tuple[str, int, str]]:
     """Every file below a URL as (URL, bytes, etag or ''), sorted by URL. A missing folder has none."""
-    fs = filesystem(url)
-    try:
-        found = fs.find(path_of(url), detail=True)
-    except FileNotFoundError:
-        return []
-    scheme = "s3://" if url.startswith("s3://") else "file://"
-    return sorted(
-        (scheme + path, int(info["size"] or 0), str(info.get("ETag", "")).strip('"'))
-        for path, info in found.items()
-    )
+    return sorted(walk(url))
 
 
 def read_bytes(url: str) -> bytes:
-    return bytes(filesystem(url).cat_file(path_of(url)))
+    return bytes(_reading(url, lambda: filesystem(url).cat_file(path_of(url))))
+
+
+def read_range(url: str, begin: int, end: int) -> bytes:
+    """The bytes from `begin` up to `end` of a file."""
+    return bytes(_reading(url, lambda: filesystem(url).cat_file(path_of(url), start=begin, end=end)))
+
+
+def sha256(url: str) -> str | None:
+    """Hex digest of a file, read in pieces; None if there is none."""
+    size, step = size_of(url), 64 * 2**20
+    if size is None:
+        return None
+    digest = hashlib.sha256()
+    for begin in range(0, size, step):
+        digest.update(read_range(url, begin, min(size, begin + step)))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def whole_file(url: str) -> Iterator[str]:
+    """A local path to write to. Left without an error, the URL becomes that file at once: readers see the old
+    object or the new one, never a part."""
+    if url.startswith("s3://"):
+        with tempfile.TemporaryDirectory(prefix="openseedvr-") as folder:
+            path = os.path.join(folder, "object")
+            yield path
+            # One upload, visible only when complete.
+            _writing(url, lambda: filesystem(url).put_file(path, path_of(url)))
+        return
+    target = Path(path_of(url))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield str(partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_bytes(url: str, data: bytes) -> None:
-    """Write a whole object: readers see the old one or the new one, never a part."""
-    fs = filesystem(url)
+    """Write a whole object."""
     if url.startswith("s3://"):
-        fs.pipe_file(path_of(url), data)  # one upload; visible only when complete
+        _writing(url, lambda: filesystem(url).pipe_file(path_of(url), data))
         return
-    path = Path(path_of(url))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with whole_file(url) as path:
+        Path(path).write_bytes(data)
+
+
+def remove_file(url: str) -> None:
+    """Remove a file, if there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        _reading(url, lambda: filesystem(url).rm_file(path_of(url)))
+
+
+def remove_folder(url: str) -> None:
+    """Remove a folder and what is in it, if there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        _reading(url, lambda: filesystem(url).rm(path_of(url), recursive=True))
+
+
+def put_file(path: str, url: str) -> None:
+    """Move a local file to its URL."""
+    if url.startswith("s3://"):
+        _writing(url, lambda: filesystem(url).put_file(path, path_of(url)))
+        os.remove(path)
+        return
+    with whole_file(url) as partial:
+        shutil.move(path, partial)
+
+
+def version(url: str) -> str:
+    """Changes when the file does (its size, time or etag), without reading it."""
+    info = _reading(url, lambda: filesystem(url).info(path_of(url)))
+    return str((info["size"], info.get("mtime"), info.get("ETag")))
 
 
 def read_json(url: str) -> Any:
@@ -124,59 +285,106 @@ def write_json(url: str, value: Any) -> None:
 @contextlib.contextmanager
 def open_input(url: str) -> Iterator[IO[bytes]]:
     """A seekable, readable file object of the URL."""
-    with filesystem(url).open(path_of(url), "rb") as file:
+    file = _reading(url, lambda: filesystem(url).open(path_of(url), "rb"))
+    with file:
         yield file
+
+
+def fetch(url: str, path: str) -> None:
+    """Copy a file to a local path."""
+    _reading(url, lambda: filesystem(url).get_file(path_of(url), path))
 
 
 @contextlib.contextmanager
 def local_copy(url: str, folder: str) -> Iterator[str]:
-    """A local path of the URL: itself for file://, else a download into `folder`, removed afterwards."""
-    if url.startswith("file://"):
+    """A local path of the URL: itself for a local file, else a download into `folder`, removed afterwards."""
+    if not url.startswith("s3://"):
         yield path_of(url)
         return
     target = os.path.join(folder, f"{uuid.uuid4().hex}{os.path.splitext(url)[1]}")
-    filesystem(url).get_file(path_of(url), target)
     try:
+        fetch(url, target)
         yield target
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(target)
 
 
-def write_table(url: str, tables: list[pa.Table], schema: pa.Schema) -> None:
+@contextlib.contextmanager
+def local_folder(url: str, folder: str) -> Iterator[str]:
+    """A local path of a folder's URL: itself for a local one, else a download into `folder`."""
+    if not url.startswith("s3://"):
+        yield path_of(url)
+        return
+    target = os.path.join(folder, uuid.uuid4().hex)
+    _reading(url, lambda: filesystem(url).get(path_of(url) + "/", target + "/", recursive=True))
+    yield target
+
+
+def write_table(url: str, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
     """Write one Parquet file whose row groups are the given tables, as one complete object."""
-    sink = io.BytesIO()
-    with pq.ParquetWriter(sink, schema, compression="zstd", compression_level=1) as writer:
+    with (
+        whole_file(url) as path,
+        pq.ParquetWriter(path, schema, compression="zstd", compression_level=1) as writer,
+    ):
         for table in tables:
             writer.write_table(table, row_group_size=max(1, table.num_rows))
-    write_bytes(url, sink.getvalue())
 
 
-def read_table(url: str, columns: list[str] | None = None) -> pa.Table:
-    """One Parquet file as a table."""
-    with open_input(url) as file:
-        return pq.read_table(file, columns=columns)
+def read_table(url: str, columns: list[str] | None = None, row_group: int | None = None) -> pa.Table:
+    """One Parquet file as a table, or one of its row groups."""
+
+    def read() -> pa.Table:
+        with open_input(url) as file:
+            parquet = pq.ParquetFile(file)
+            if row_group is None:
+                return parquet.read(columns=columns)
+            return parquet.read_row_group(row_group, columns=columns)
+
+    return _reading(url, read)
+
+
+def read_metadata(url: str) -> pq.FileMetaData:
+    """A Parquet file's footer: rows of each row group, the schema's metadata."""
+
+    def read() -> pq.FileMetaData:
+        with open_input(url) as file:
+            return pq.read_metadata(file)
+
+    return _reading(url, read)
 
 
 def read_schema(url: str) -> pa.Schema:
-    with open_input(url) as file:
-        return pq.read_schema(file)
+    return read_metadata(url).schema.to_arrow_schema()
 
 
 def parquet_files(url: str) -> list[str]:
     """The data files of a table's folder (names that start with '_' or '.' are not data), sorted."""
     url = url if "://" in url else f"file://{url}"
     files = []
-    for file, _, _ in list_files(url):
+    for file, _, _ in walk(url):
         inner = file.removeprefix(url).lstrip("/")
         if file.endswith(".parquet") and not any(part[0] in "_." for part in inner.split("/")):
             files.append(file)
-    return files
+    return sorted(files)
 
 
 def read_folder(url: str, columns: list[str] | None = None) -> pa.Table | None:
     """All files of a table's folder as one table; None if there is none."""
-    tables = [read_table(file, columns) for file in parquet_files(url)]
+    with ThreadPoolExecutor(16) as pool:
+        tables = list(pool.map(lambda file: read_table(file, columns), parquet_files(url)))
     if not tables:
         return None
     return pa.concat_tables([table.replace_schema_metadata() for table in tables])
+
+
+def count_rows(url: str) -> int:
+    """Rows of a table's folder, from the files' footers."""
+    with ThreadPoolExecutor(16) as pool:
+        return sum(pool.map(lambda file: read_metadata(file).num_rows, parquet_files(url)))
+
+
+def iterate_folder(url: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """The files of a table's folder one after the other: memory does not grow with the table."""
+    for file in parquet_files(url):
+        yield read_table(file, columns)

@@ -1,21 +1,47 @@
-"""Captions -> text/: each kept clip's embeddings of the three encoders, once.
+"""Captions -> text/: each kept clip's embeddings of the three encoders, once; or one fixed prompt for all.
 
 The encoders stay apart, since training replaces each on its own by its encoding of ''. A clip without
-a caption has the empty prompt's embeddings. The null embeddings are in the table's metadata.
+a caption has the empty prompt's embeddings. The null embeddings are in the table's metadata. The released
+backbones know a single prompt: then text/ only says where it and its negative lie, and their sha256.
 """
 
 import base64
 import dataclasses
 import json
+import time
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from model import text
 from model.text import TextEmbedding, TextEncoderConfig, TextEncoders
-from pipeline import bfloat16, schema, shards, stage, storage
+from pipeline import backbones, bfloat16, metrics, schema, shards, stage, storage, weights
+from pipeline.lookup import ID_BYTES, Lookup, id_array
 
 TextConfig = TextEncoderConfig
 _PARTS = ("clip_l", "clip_g", "t5", "pooled_l", "pooled_g")
 _NULL_KEY = b"openseedvr.null_text"
+_FIXED_KEY = b"openseedvr.fixed_text"
 _CLIPS_PER_SHARD = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedTextConfig:
+    """The prompt that a released backbone is trained and used with, whatever the clip shows."""
+
+    positive: str
+    """URL of the release's pos_emb.pt"""
+    negative: str
+    """URL of its neg_emb.pt; training now and then takes it in place of the positive one"""
+
+    def __post_init__(self) -> None:
+        storage.check_url(self.positive, "fixed_text.positive")
+        storage.check_url(self.negative, "fixed_text.negative")
 
 
 def text_columns(embedding: TextEmbedding) -> dict[str, Any]:
@@ -41,17 +67,60 @@ def null_metadata(null: TextEmbedding) -> str:
     )
 
 
-def read_null(data_url: str) -> TextEmbedding:
-    """The '' embeddings of a data root's text/; ValueError if there is none."""
+@dataclasses.dataclass(frozen=True)
+class ClipTexts:
+    """Every clip has its own text."""
+
+    null: TextEmbedding
+    """of ''"""
+
+    def prompts(self) -> weights.Prompts:
+        """What a model trained on these is used with."""
+        return weights.Prompts(*text.join(self.null, self.null, False, False, False))
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedTexts:
+    """One prompt for every clip: (L, D) each, fp32."""
+
+    positive: Tensor
+    negative: Tensor
+
+    def prompt(self, dropped: bool) -> tuple[Tensor, Tensor]:
+        """The network's text input, tokens and pooled vector; the latter is empty here."""
+        return self.negative if dropped else self.positive, torch.empty(0)
+
+    def prompts(self) -> weights.Prompts:
+        """What a model trained on these is used with."""
+        return weights.Prompts(null=self.negative, positive=self.positive)
+
+
+def read_texts(data_url: str) -> ClipTexts | FixedTexts:
+    """What the metadata of a data root's text/ says; ValueError if there is none or a prompt has changed."""
     folder = storage.join(data_url, schema.TEXT)
     files = storage.parquet_files(folder)
     metadata = (storage.read_schema(files[0]).metadata or {}) if files else {}
+    if _FIXED_KEY in metadata:
+        return FixedTexts(**{
+            name: _read_fixed(name, **tensor) for name, tensor in json.loads(metadata[_FIXED_KEY]).items()
+        })  # fmt: skip
     if _NULL_KEY not in metadata:
         raise ValueError(f"{folder}: no text embeddings here; run precompute first")
     values = json.loads(metadata[_NULL_KEY])
-    return embedding_of(
-        {name: base64.b64decode(value) if isinstance(value, str) else value for name, value in values.items()}
+    return ClipTexts(
+        embedding_of(
+            {
+                name: base64.b64decode(value) if isinstance(value, str) else value
+                for name, value in values.items()
+            }
+        )
     )
+
+
+def _read_fixed(name: str, url: str, sha256: str) -> Tensor:
+    if weights.weights_hash(url) != sha256:
+        raise ValueError(f"fixed_text.{name}: {url} is not the file that precompute was run with")
+    return backbones.read_prompt(url).text
 
 
 def token_count(row: dict[str, Any]) -> int:
@@ -74,34 +143,97 @@ class EncodeText:
         return shards.make_shard(self.folder, row["shard"], self.schema, self._rows)
 
     def _rows(self, planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        start = time.monotonic()
         embeddings = self.encoders.encode([row["caption"] or "" for row in planned])
+        metrics.count(metrics.MODEL_SECONDS, time.monotonic() - start, model="text")
         return [
             schema.empty_row(schema.TEXT_SCHEMA, clip_id=row["clip_id"], **text_columns(embedding))
             for row, embedding in zip(planned, embeddings, strict=True)
         ]
 
 
-def embed_kept_clips(data_url: str, config: TextConfig, cpus: float, gpus: float) -> dict[str, int]:
-    """Fill text/ for every kept clip; returns each clip's text tokens."""
+def write_fixed(row: dict[str, Any], folder: str, table: pa.Schema) -> dict[str, Any]:
+    """One shard of text/ where all clips share one prompt: its rows only name the clips."""
+
+    def rows(planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [schema.empty_row(schema.TEXT_SCHEMA, clip_id=clip["clip_id"]) for clip in planned]
+
+    return shards.make_shard(folder, row["shard"], table, rows)
+
+
+class KeptClips:
+    """The clips that selection/ keeps, by id: their split, and the text tokens of those that have text."""
+
+    def __init__(self, data_url: str) -> None:
+        """ValueError if there is no selection, or it keeps nothing."""
+        ids, held_out = [np.zeros(0, f"S{ID_BYTES}")], [np.zeros(0, bool)]
+        files = storage.parquet_files(storage.join(data_url, schema.SELECTION))
+        if not files or not storage.parquet_files(storage.join(data_url, schema.CLIPS)):
+            raise ValueError(f"data: {data_url} has no clips/ or no selection/; run ingest and filter first")
+        for file in files:
+            table = storage.read_table(file, ["clip_id", "keep", "split"])
+            table = table.filter(table["keep"])
+            ids.append(id_array(table["clip_id"].to_pylist()))
+            held_out.append(pc.equal(table["split"], "held_out").to_numpy())
+        joined = np.concatenate(ids)
+        if not len(joined):
+            raise ValueError(f"data: {data_url}/selection keeps no clip; loosen the filter's thresholds")
+        self._lookup, self._held_out = Lookup(joined), np.concatenate(held_out)
+        self._text_tokens = np.zeros(len(joined), np.int32)
+
+    def rows(self, data_url: str, columns: list[str]) -> Iterator[tuple[dict[str, Any], str, int]]:
+        """(row of clips/, split, text tokens) of every kept clip, file by file."""
+        for table in storage.iterate_folder(storage.join(data_url, schema.CLIPS), columns):
+            places = self._lookup.find(id_array(table["clip_id"].to_pylist()))
+            kept = np.flatnonzero(places >= 0)
+            for row, place in zip(table.take(kept).to_pylist(), places[kept], strict=True):
+                split = "held_out" if self._held_out[place] else "train"
+                yield row, split, int(self._text_tokens[place])
+
+    def read_text_tokens(self, text_url: str) -> None:
+        """Fill in each clip's tokens from text/."""
+        for table in storage.iterate_folder(
+            text_url, ["clip_id", "clip_l_shape", "clip_g_shape", "t5_shape"]
+        ):
+            places = self._lookup.find(id_array(table["clip_id"].to_pylist()))
+            tokens = np.array([token_count(row) for row in table.to_pylist()], np.int32)
+            self._text_tokens[places[places >= 0]] = tokens[places >= 0]
+
+    def same_text(self, tokens: int) -> None:
+        """Every clip has the same text of so many tokens."""
+        self._text_tokens[:] = tokens
+
+
+def embed_kept_clips(data_url: str, kept: KeptClips, config: TextConfig, cpus: float, gpus: float) -> None:
+    """Fill text/ for every kept clip, and `kept` with their text tokens."""
     folder = storage.join(data_url, schema.TEXT)
-    clips = storage.read_folder(storage.join(data_url, schema.CLIPS), ["clip_id", "caption"])
-    selection = storage.read_folder(storage.join(data_url, schema.SELECTION), ["clip_id", "keep"])
-    if clips is None or selection is None:
-        raise ValueError(f"data: {data_url} has no clips/ or no selection/; run ingest and filter first")
-    kept = {row["clip_id"] for row in selection.to_pylist() if row["keep"]}
-    if not kept:
-        raise ValueError(f"data: {data_url}/selection keeps no clip; loosen the filter's thresholds")
-    rows = [row for row in clips.to_pylist() if row["clip_id"] in kept]
+    rows = (row for row, _, _ in kept.rows(data_url, ["clip_id", "caption"]))
     fingerprint = schema.fingerprint(text=dataclasses.asdict(config))
-    pending = shards.plan(folder, rows, "clip_id", fingerprint, _CLIPS_PER_SHARD)
+    planned = shards.plan(folder, rows, "clip_id", fingerprint, _CLIPS_PER_SHARD)
     stage.run_shards(
-        pending,
+        planned.pending,
         EncodeText,
         "precompute: embed captions",
         constructor_args=(config, folder, fingerprint),
         num_cpus=cpus,
         num_gpus=gpus,
     )
-    shapes = storage.read_folder(folder, ["clip_id", "clip_l_shape", "clip_g_shape", "t5_shape"])
-    assert shapes is not None
-    return {row["clip_id"]: token_count(row) for row in shapes.to_pylist()}
+    kept.read_text_tokens(folder)
+
+
+def fix_kept_clips(data_url: str, kept: KeptClips, config: FixedTextConfig) -> None:
+    """Fill text/ for every kept clip with the one prompt, and `kept` with its text tokens."""
+    folder = storage.join(data_url, schema.TEXT)
+    rows = (row for row, _, _ in kept.rows(data_url, ["clip_id"]))
+    urls = dataclasses.asdict(config)
+    hashes = {name: weights.weights_hash(url) for name, url in urls.items()}
+    fingerprint = schema.fingerprint(fixed_text=hashes)
+    fixed = json.dumps({name: {"url": url, "sha256": hashes[name]} for name, url in urls.items()})
+    table = schema.with_fingerprint(
+        schema.TEXT_SCHEMA, fingerprint, text="fixed", **{_FIXED_KEY.decode(): fixed}
+    )
+    planned = shards.plan(folder, rows, "clip_id", fingerprint, _CLIPS_PER_SHARD)
+    stage.run_shards(
+        planned.pending, write_fixed, "precompute: fixed prompt", constructor_args=(folder, table)
+    )
+    kept.same_text(len(backbones.read_prompt(config.positive).text))

@@ -1,4 +1,4 @@
-"""Train the causal video autoencoder on crops of the kept clips (paper section 3.2: L1 and a small KL here).
+"""Train the causal video autoencoder on crops of the kept clips (paper section 3.2: L1, LPIPS and a GAN).
 
 clips/ + selection/ -> checkpoints/vae/ (to resume) and weights/vae/ (the moving average). Pixels are
 decoded and cropped by a thread of each worker; which crops a step sees is a function of (seed, step).
@@ -8,7 +8,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,12 +16,33 @@ from torch import Tensor
 from torch.func import functional_call
 
 from degradations.recipe import LIGHT, RecipeConfig, apply, draw
-from model import losses
+from model import checkpoints
+from model.discriminator import VideoDiscriminator
 from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
-from pipeline import media, precompute, sampling, schema, stage, storage, training, weights
+from model.vae.wavelet_start import check_wavelet_start, start_as_wavelets
+from pipeline import (
+    levels,
+    media,
+    sampling,
+    schema,
+    sources,
+    stage,
+    storage,
+    train_log,
+    training,
+    vae_objective,
+    weights,
+)
+from pipeline.checkpoint import Checkpoints
+from pipeline.faults import Orders, StoppedError, outcome
 from pipeline.sandbox import MediaError, Sandbox
+from pipeline.scores.full_reference import psnr
+from pipeline.train_state import MovingAverage
+from pipeline.vae_objective import AdversarialConfig, Group, Objective
 
-NAME = "vae"
+NAME, DISCRIMINATOR = "vae", "discriminator"
+EQUAL_PSNR_DB = 100.0
+"""Counted for a crop that is reconstructed exactly (black frames), where PSNR is infinite."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +71,9 @@ class TrainVaeConfig:
     """the network's shape"""
     stages: list[VaeStageConfig]
     """in order; the run moves on by itself"""
+    perceptual: str
+    """absolute URL of a folder with LPIPS's published files vgg16-397923af.pth and vgg.pth; or the word hub
+    (each node downloads them); or the word none, which is other training than the paper's"""
     optimiser: training.OptimiserConfig = dataclasses.field(default_factory=training.OptimiserConfig)
     """AdamW, clipping, warm-up, moving average"""
     scale: training.ScaleConfig = dataclasses.field(default_factory=training.ScaleConfig)
@@ -57,7 +81,11 @@ class TrainVaeConfig:
     measure_latent_scale: bool = True
     """write 1 / (spread of the last steps' latents) as the weights' latent_scale instead of model's"""
     kl_weight: float = 1e-6
-    """of the KL divergence, summed over a crop's latent and averaged over its pixels"""
+    """of the KL divergence, a sum over a crop's latent divided by the crop's pixel values"""
+    perceptual_weight: float = 1.0
+    """of LPIPS, where there is one, beside L1"""
+    adversarial: AdversarialConfig | None = None
+    """the discriminator (null: none)"""
     image_share: float = 0.2
     """share of a batch's crops that are 1-frame images, where there are images"""
     degraded_share: float = 0.25
@@ -70,8 +98,16 @@ class TrainVaeConfig:
     """fixed crops of held-out clips, measured before and after each stage"""
     checkpoint_every: int = 200
     """steps between checkpoints"""
+    keep_last: int = 2
+    """newest checkpoints that are kept"""
+    keep_every: int = 0
+    """steps: checkpoints at their multiples are kept for good (0: none)"""
+    start: Literal["random", "wavelets"] = "random"
+    """where no weights are given: random, or a wavelet codec, which suits narrow models"""
     initial_weights: str | None = None
-    """URL of a weights folder to start from (null: random weights)"""
+    """URL of a weights folder to start from, as a run without a discriminator leaves (null: see `start`)"""
+    initial_image_weights: str | None = None
+    """URL of a 2D image autoencoder's file to start from instead (diffusers' AutoencoderKL, such as SD3's)"""
     seed: int = 0
     """of crops, posterior samples and initial weights"""
 
@@ -80,6 +116,19 @@ class TrainVaeConfig:
         storage.check_url(self.output, "output")
         if not self.stages:
             raise ValueError("stages: give at least one")
+        if self.scale.zero_stage not in (1, 2):
+            raise ValueError(
+                f"scale.zero_stage: {self.scale.zero_stage}; the autoencoder trains with 1 or 2, since the "
+                "discriminator's loss needs whole weights on every worker"
+            )
+        if self.scale.workers[0] != self.scale.workers[1]:
+            raise ValueError(
+                "scale.num_workers: the autoencoder's batch is a number of crops a worker: give one"
+            )
+        if self.initial_weights is not None and self.initial_image_weights is not None:
+            raise ValueError("initial_image_weights: initial_weights is given too; give one of them")
+        if self.start == "wavelets":
+            check_wavelet_start(self.model)
 
     @property
     def total_steps(self) -> int:
@@ -132,7 +181,7 @@ class CropReader:
         raise ValueError("data: 20 clips in a row could not be read")
 
     def _read(self, clip: dict[str, Any], first: int, frames: int) -> np.ndarray:
-        with tempfile.TemporaryDirectory() as folder, storage.local_copy(clip["uri"], folder) as path:
+        with sources.local_file(clip["uri"], clip.get("source_etag")) as path:
             return self.sandbox.call(media.read_frames, clip, path, first, frames)
 
     def _cut(self, pixels: np.ndarray, clip: dict[str, Any], generator: np.random.Generator) -> np.ndarray:
@@ -151,80 +200,75 @@ class CropReader:
 
 
 def crop_batches(reader: CropReader, config: VaeStageConfig, first_step: int, stage_index: int) -> Iterator:
-    """A rank's batches from a step on: lists of crops, videos and images of one size mixed."""
-    step = first_step
-    while True:
+    """A rank's batches of a stage from a step on: lists of crops, videos and images of one size mixed."""
+    for step in range(first_step, config.steps):
         batch: list[np.ndarray] = []
         reads = -(-config.crops_per_worker // reader.config.crops_per_read)
         for number in range(reads):
             slot = number * training.world_size() + training.rank()
             batch += reader.crops("crop", stage_index, step, slot)
         yield batch[: config.crops_per_worker]
-        step += 1
 
 
 def by_length(crops: list[np.ndarray], device: torch.device) -> list[Tensor]:
     """Crops of equal length as one tensor each, (B, 3, T, H, W) in [-1, 1]."""
     lengths = sorted({len(crop) for crop in crops})
     groups = [[crop for crop in crops if len(crop) == length] for length in lengths]
-    return [torch.cat([precompute.to_network(crop, device) for crop in group]) for group in groups]
+    return [torch.cat([levels.to_network(crop, device) for crop in group]) for group in groups]
 
 
-def reconstruct(vae: CausalVideoAutoencoder, video: Tensor, noise: Tensor) -> dict[str, Tensor]:
-    """Encode, sample the posterior with the given noise, decode: the reconstruction and both moments."""
-    mean, log_variance = vae.encode(video)
-    z = mean + torch.exp(0.5 * log_variance) * noise
-    return {"video": vae.decode_unscaled(z), "mean": mean, "log_variance": log_variance}
-
-
-class _Pass(torch.nn.Module):
-    """`reconstruct` as a module's forward, so that an engine or functional_call can run it."""
-
-    def __init__(self, vae: CausalVideoAutoencoder) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, video: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        return reconstruct(self.vae, video, noise)
-
-
-def latent_noise(config: AutoencoderConfig, video: Tensor, generator: torch.Generator) -> Tensor:
-    batch, _, frames, height, width = video.shape
-    shape = (batch, config.latent_channels, *config.latent_shape(frames, height, width))
-    return torch.randn(shape, generator=generator).to(video)
-
-
-def reconstruction_loss(
-    output: dict[str, Tensor], video: Tensor, kl_weight: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """L1 + weighted KL of one batch, and its terms. The KL is a sum over latents, divided by the pixels."""
-    l1 = (output["video"] - video).abs().mean()
-    kl = losses.kl_divergence(output["mean"], output["log_variance"]).sum() / video.numel()
-    spread = (output["mean"].square() + output["log_variance"].exp()).mean()  # about zero
-    return l1 + kl_weight * kl, {
-        "l1": l1.detach(),
-        "kl": kl.detach(),
-        "latent_variance": spread.detach(),
-    }
+def initial_autoencoder(config: TrainVaeConfig) -> CausalVideoAutoencoder:
+    """With the weights that the config says, on the CPU; ValueError if given ones do not fit the model."""
+    torch.manual_seed(config.seed)  # equal weights on every rank
+    if config.initial_image_weights is not None:
+        url = config.initial_image_weights
+        with tempfile.TemporaryDirectory() as folder, storage.local_copy(url, folder) as path:
+            return checkpoints.load_inflated_autoencoder(path, config.model).requires_grad_(True)
+    vae = CausalVideoAutoencoder(config.model)
+    if config.initial_weights is not None:
+        state = weights.load_vae(config.initial_weights).state_dict()
+        checkpoints.load_strict(vae, state, f"initial_weights: {config.initial_weights}")
+    elif config.start == "wavelets":
+        start_as_wavelets(vae)
+    return vae.requires_grad_(True)
 
 
 class Run:
     """One rank's training: the engine, the moving average and the state that a checkpoint keeps."""
 
-    def __init__(self, config: TrainVaeConfig) -> None:
+    def __init__(self, config: TrainVaeConfig, desk: Any) -> None:
         self.config = config
         self.device = training.setup_worker(config.scale)
-        torch.manual_seed(config.seed)  # equal weights on every rank
-        vae = CausalVideoAutoencoder(config.model)
-        if config.initial_weights is not None:
-            vae.load_state_dict(weights.load_vae(config.initial_weights).state_dict())
-        model = _Pass(vae).to(self.device)
-        self.average = training.MovingAverage(model, config.optimiser.ema_decay)
+        model = vae_objective.Pass(initial_autoencoder(config)).to(self.device)
         self.engine = training.make_engine(model, config.scale, config.optimiser, accumulation=1)
+        self.average = MovingAverage(self.engine, config.optimiser.ema_decay)
         self.dtype = next(self.engine.module.parameters()).dtype
+        self.engines = {NAME: self.engine}
+        if config.adversarial is not None:
+            self.engines[DISCRIMINATOR] = self.make_discriminator(config.adversarial)
+        perceptual = vae_objective.load_perceptual(config.perceptual)
+        self.objective = Objective(
+            self.engine,
+            None if perceptual is None else perceptual.to(self.device, self.dtype),
+            self.engines.get(DISCRIMINATOR),
+            config.kl_weight,
+            config.perceptual_weight,
+            config.adversarial,
+        )
         fresh: dict[str, Any] = {"step": 0, "stage": 0, "stage_step": 0, "history": [], "held_out": []}
-        self.state = training.resumed({NAME: self.engine}, {NAME: self.average}, fresh)
-        self.log = training.Log(config.output, NAME, config.total_steps, self.state["history"])
+        averages = {NAME: self.average}
+        keep = config.keep_last, config.keep_every
+        self.checkpoints = Checkpoints(config.output, NAME, self.engines, averages, *keep)
+        self.state = self.checkpoints.resume(fresh)
+        self.orders = Orders(desk)
+        self.log = train_log.Log(config.output, NAME, config.total_steps, self.state["history"])
+
+    def make_discriminator(self, adversarial: AdversarialConfig) -> Any:
+        """The discriminator's engine; its weights depend on the seed alone."""
+        torch.manual_seed(schema.stable_hash(self.config.seed, DISCRIMINATOR))
+        model = VideoDiscriminator(adversarial.discriminator).to(self.device)
+        optimiser = dataclasses.replace(self.config.optimiser, betas=adversarial.betas, weight_decay=0.0)
+        return training.make_engine(model, self.config.scale, optimiser, accumulation=1)
 
     def train(self) -> None:
         while self.state["stage"] < len(self.config.stages):
@@ -235,9 +279,13 @@ class Run:
         held_out = self.held_out_crops(config)
         set_hash = schema.stable_id(*[crop.tobytes() for crop in held_out])
         if len(self.state["held_out"]) == self.state["stage"]:
-            before = self.measure(held_out)
             self.state["held_out"].append(
-                {"stage": config.crop.name, "before": before, "crops": len(held_out), "set_hash": set_hash}
+                {
+                    "stage": config.crop.name,
+                    **self.measure(held_out, "before"),
+                    "crops": len(held_out),
+                    "set_hash": set_hash,
+                }
             )
         clips = fitting(kept_clips(self.config.data, "train"), config.crop, "training")
         reader = CropReader(self.config, clips, config.crop)
@@ -245,45 +293,44 @@ class Run:
         steps = training.prefetched(crop_batches(reader, config, first, self.state["stage"]), ahead=4)
         while self.state["stage_step"] < config.steps:
             self.train_step(config, steps)
-            if self.state["step"] % self.config.checkpoint_every == 0:
+            save, stop = self.orders.now(self.device)
+            if save or self.state["step"] % self.config.checkpoint_every == 0:
                 self.save()
+            if stop:
+                raise StoppedError(
+                    f"saved at step {self.state['step']} and left; started again, it goes on", False
+                )
         reader.close()
-        self.state["held_out"][-1]["after"] = self.measure(held_out)
+        self.state["held_out"][-1] |= self.measure(held_out, "after")
         self.state |= {"stage": self.state["stage"] + 1, "stage_step": 0}
         self.save()
 
     def train_step(self, config: VaeStageConfig, steps: Iterator[list[np.ndarray]]) -> None:
         start = time.monotonic()
-        rate = training.warmed_up(
-            config.learning_rate, self.state["stage_step"], self.config.optimiser.warmup_steps
-        )
-        training.set_learning_rate(self.engine, rate)
+        step = self.state["step"]
+        rate = self.set_learning_rates(config)
         crops = next(steps)
         waited_s = time.monotonic() - start
-        generator = torch.Generator().manual_seed(
-            schema.stable_hash(self.config.seed, "posterior", self.state["step"], training.rank())
-        )
-        total = torch.zeros((), device=self.device)
-        terms = torch.zeros(3, device=self.device)
-        for video in by_length(crops, self.device):
-            video = video.to(self.dtype)
-            output = self.engine(video, latent_noise(self.config.model, video, generator))
-            loss, parts = reconstruction_loss(output, video, self.config.kl_weight)
-            share = len(video) / len(crops)
-            total = total + share * loss
-            terms += share * torch.stack([parts["l1"], parts["kl"], parts["latent_variance"]])
-        self.engine.backward(total)
-        self.engine.step()
-        self.average.update(self.engine.module, self.state["step"])
-        l1, kl, latent_variance = (training.all_reduced(terms) / training.world_size()).tolist()
+        seed = schema.stable_hash(self.config.seed, "posterior", step, training.rank())
+        generator = torch.Generator().manual_seed(seed)
+        groups = [
+            Group(
+                video,
+                vae_objective.latent_noise(self.config.model, video, generator),
+                share=len(video) / len(crops),
+            )
+            for video in by_length(crops, self.device)
+        ]
+        terms = self.objective.step(step, groups)
+        self.average.update(step)
+        latent_variance = terms.pop("latent_variance")
         seconds = time.monotonic() - start
         self.log.step(
-            self.state["step"],
+            step,
             config.crop.name,
             {
-                "loss": l1 + self.config.kl_weight * kl,
-                "l1": l1,
-                "kl": kl,
+                "loss": terms.pop("loss"),
+                **terms,
                 "latent_std": latent_variance**0.5,
                 "seconds": seconds,
                 "crops_per_second": len(crops) * training.world_size() / seconds,
@@ -294,6 +341,18 @@ class Run:
         )
         self.state["step"] += 1
         self.state["stage_step"] += 1
+
+    def set_learning_rates(self, config: VaeStageConfig) -> float:
+        """Both optimisers' rates for this step; returns the autoencoder's."""
+        optimiser = self.config.optimiser
+        rate = training.scheduled(config.learning_rate, self.state["stage_step"], config.steps, optimiser)
+        training.set_learning_rate(self.engine, rate)
+        adversarial = self.config.adversarial
+        if adversarial is not None and adversarial.trains(self.state["step"]):
+            trained = self.state["step"] - adversarial.start_step
+            own_rate = training.warmed_up(adversarial.learning_rate, trained, optimiser.warmup_steps)
+            training.set_learning_rate(self.engines[DISCRIMINATOR], own_rate)
+        return rate
 
     def held_out_crops(self, config: VaeStageConfig) -> list[np.ndarray]:
         """The fixed crops of held-out clips, undegraded."""
@@ -307,21 +366,27 @@ class Run:
         return crops[: self.config.heldout_crops]
 
     @torch.no_grad()
-    def measure(self, crops: list[np.ndarray]) -> float:
-        """Mean L1 (in [-1, 1] units) of the moving average's reconstruction from the posterior's mode."""
-        whole = self.average.gathered(self.engine.module)
-        average = {name: tensor.to(self.dtype) for name, tensor in whole.items()}
-        total = torch.zeros(1, device=self.device)
+    def measure(self, crops: list[np.ndarray], when: str) -> dict[str, float]:
+        """Of the moving average's reconstruction from the posterior's mode: `when` L1 (in [-1, 1] units) and
+        `psnr_<when>` (dB of 8-bit frames), means over the crops."""
+        average = self.average.gathered(self.dtype)
+        total = torch.zeros(2, device=self.device)
         for crop in crops[training.rank() :: training.world_size()]:
-            video = precompute.to_network(crop, self.device).to(self.dtype)
-            noise = torch.zeros_like(latent_noise(self.config.model, video, torch.Generator()))
-            output = functional_call(self.engine.module, average, (video, noise))
-            total += (output["video"] - video).abs().mean()
-        return float(training.all_reduced(total)) / len(crops)
+            video = levels.to_network(crop, self.device)
+            noise = torch.zeros_like(vae_objective.latent_noise(self.config.model, video, torch.Generator()))
+            inputs = video.to(self.dtype), noise.to(self.dtype)
+            found = functional_call(self.engine.module, average, inputs)["video"].float()
+            decibels = min(psnr(levels.to_pixels(found), crop), EQUAL_PSNR_DB)
+            total += torch.tensor([(found - video).abs().mean(), decibels], device=self.device)
+        l1, decibels = (training.all_reduced(total) / len(crops)).tolist()
+        if training.rank() == 0:
+            print(f"held out, {when} this stage: l1 {l1:.4f}, PSNR {decibels:.2f} dB", flush=True)
+        return {when: l1, f"psnr_{when}": decibels}
 
     def save(self) -> None:
         self.log.flush()
-        training.save_checkpoint({NAME: self.engine}, {NAME: self.average}, self.state)
+        self.checkpoints.save(self.state)
+        self.orders.saved()
 
     def latent_scale(self) -> float:
         """The configured scale, or, where it is to be measured, one that gives latents unit spread."""
@@ -332,7 +397,8 @@ class Run:
 
     def finish(self) -> None:
         """Rank 0 writes the moving average and the history to weights/vae."""
-        average = self.average.gathered(self.engine.module)
+        self.orders.saved(over=True)
+        average = self.average.collected()
         if training.rank() == 0:
             url = storage.join(self.config.output, training.WEIGHTS, NAME)
             plain = {name.removeprefix("vae."): tensor for name, tensor in average.items()}
@@ -343,19 +409,37 @@ class Run:
             storage.write_json(storage.join(url, training.HISTORY), history)
 
 
-def loop(config: dict[str, Any]) -> None:
+def check_start(config: TrainVaeConfig) -> None:
+    """ValueError, before Ray starts, if files that the config names are missing or of another model."""
+    vae_objective.check_perceptual(config.perceptual)
+    for key in ("initial_weights", "initial_image_weights"):
+        if getattr(config, key) is not None:
+            storage.check_url(getattr(config, key), key)
+    if config.initial_image_weights is not None and not storage.exists(config.initial_image_weights):
+        raise ValueError(f"initial_image_weights: {config.initial_image_weights} does not exist")
+    if config.initial_weights is not None:
+        found = weights.config_from_json(
+            AutoencoderConfig, weights.describe(config.initial_weights)["config"]
+        )
+        scale, shift = config.model.latent_scale, config.model.latent_shift  # may differ
+        if dataclasses.replace(found, latent_scale=scale, latent_shift=shift) != config.model:
+            raise ValueError(f"model: {config.model} is not that of initial_weights, {found}")
+
+
+def loop(given: dict[str, Any]) -> dict[str, Any] | None:
     """What each Ray Train worker runs."""
-    Run(config["config"]).train()
+    return outcome(lambda: Run(given["config"], given["desk"]).train())
 
 
 def run(config: TrainVaeConfig) -> stage.Summary:
     """Train all stages, resuming where a run with this output stopped."""
+    check_start(config)
     for split, where in (("train", "training"), ("held_out", "held-out")):
         for stage_config in config.stages:
             fitting(kept_clips(config.data, split), stage_config.crop, where)
 
     def work(summary: stage.Summary) -> None:
-        training.start_trainer(loop, {"config": config}, config.scale, config.output, NAME)
+        training.start_trainer(loop, config, config.scale, config.output, NAME)
         training.summarise(summary, storage.join(config.output, training.WEIGHTS, NAME))
 
     return stage.run_stage("train_vae", storage.join(config.output, training.WEIGHTS, NAME), work)

@@ -1,34 +1,33 @@
-"""What both trainings share: Ray Train wiring, DeepSpeed engines, moving averages, logs, checkpoints.
+"""What both trainings share: Ray Train wiring, DeepSpeed engines, rates, logs.
 
-Every rank runs the same loop function under Ray Train; DeepSpeed ZeRO shards optimiser states and
-gradients. A checkpoint is complete only when every rank has reported its part, so a kill while saving
-leaves the one before valid; the same output folder and name resume from the newest.
+Every rank runs the same loop function under Ray Train; DeepSpeed ZeRO shards optimiser states, gradients
+and, in stage 3, weights. What a rank keeps is in train_state.py, how it is saved in checkpoint.py.
 """
 
 import dataclasses
-import json
+import math
 import os
-import tempfile
+import signal
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from queue import Queue
 from typing import Any, Literal, TypeVar
 
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import ControllerError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
-from pipeline import schema, stage, storage
+from pipeline import faults, stage, storage
+from pipeline.checkpoint import CHECKPOINTS
 
-CHECKPOINTS, WEIGHTS, HISTORY = "checkpoints", "weights", "history.json"
-_STATE = "state.json"
-_CHECKPOINTS_KEPT = 2
+WEIGHTS, HISTORY = "weights", "history.json"
 T = TypeVar("T")
 
 
@@ -36,16 +35,36 @@ T = TypeVar("T")
 class ScaleConfig:
     """Workers and how DeepSpeed shares the model among them."""
 
-    num_workers: int = 1
-    """processes that train, one for each GPU"""
+    num_workers: int | tuple[int, int] = 1
+    """processes that train, one for each GPU; or the fewest and the most: the run then goes on with those
+    that there is room for, and grows when there is room for more"""
     use_gpu: bool = False
     """train on GPUs in bf16 (false: on CPUs in fp32)"""
     cpus_per_worker: int = 1
     """CPU cores reserved for each worker"""
-    zero_stage: Literal[1, 2] = 2
-    """DeepSpeed ZeRO: 1 shards the optimiser's states, 2 the gradients too"""
+    zero_stage: Literal[1, 2, 3] = 2
+    """DeepSpeed ZeRO: 1 shards the optimiser's states, 2 the gradients too, 3 the weights too"""
+    offload_optimiser: bool = False
+    """keep the optimiser's states and fp32 weights in the host's memory (slower, for small GPUs)"""
     max_failures: int = 3
-    """restarts from the newest checkpoint before the job gives up"""
+    """restarts from the newest checkpoint before the job gives up (-1: no end)"""
+    wait_for_workers_s: int = 3600
+    """how long the run waits for room for its workers before it ends"""
+    resize_every_s: int = 60
+    """with a range of workers: how often the run looks for room for more"""
+
+    def __post_init__(self) -> None:
+        fewest, most = self.workers
+        if not 1 <= fewest <= most:
+            raise ValueError(
+                f"scale.num_workers: {self.num_workers}; give a number from 1, or (fewest, most)"
+            )
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """The fewest and the most."""
+        number = self.num_workers
+        return (number, number) if isinstance(number, int) else number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,40 +79,64 @@ class OptimiserConfig:
     """largest global gradient norm"""
     warmup_steps: int = 0
     """steps of linear warm-up at the start of each stage"""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """of the rate after warm-up: as it is, or down to zero at each stage's end along half a cosine"""
     ema_decay: float = 0.9998
     """moving average of the weights, warmed up as (1 + step) / (10 + step)"""
 
 
 def start_trainer(
-    loop: Callable[[dict[str, Any]], None],
-    loop_config: dict[str, Any],
+    loop: Callable[[dict[str, Any]], dict[str, Any] | None],
+    config: Any,
     scale: ScaleConfig,
     storage_url: str,
     name: str,
-) -> Any:
-    """Run a training loop on `scale.num_workers` workers until it ends; returns Ray Train's result."""
+) -> None:
+    """Run a training loop, which gets {"config", "desk"}, on the workers until it ends.
+
+    ValueError, with the reason, if it stopped or never began; SystemExit if SIGTERM ended it.
+    """
     # Ray Train would print each line a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    backend = TorchConfig(backend="nccl" if scale.use_gpu else "gloo", timeout_s=3600)
+    # Here, as Ray Train's controller is: elsewhere it could die with a node that the run does without.
+    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    desk = ray.remote(num_cpus=0, scheduling_strategy=here)(faults.Desk).remote()
+    each = {"CPU": scale.cpus_per_worker, **({"GPU": 1} if scale.use_gpu else {})}
+    needs = f"{scale.workers[0]} worker(s) of {each}"
+    # Typed for users' callbacks only; at run time every callback will do.
+    watch: Any = faults.Watch(desk, needs, scale.wait_for_workers_s)
     local = not storage_url.startswith("s3://")
     trainer = TorchTrainer(
         loop,
-        train_loop_config=loop_config,
-        torch_config=backend,
+        train_loop_config={"config": config, "desk": desk},
+        torch_config=TorchConfig(backend="nccl" if scale.use_gpu else "gloo", timeout_s=3600),
         scaling_config=ScalingConfig(
             num_workers=scale.num_workers,
             use_gpu=scale.use_gpu,
-            resources_per_worker={"CPU": scale.cpus_per_worker, **({"GPU": 1} if scale.use_gpu else {})},
+            resources_per_worker=each,
+            elastic_resize_monitor_interval_s=scale.resize_every_s,
         ),
         run_config=RunConfig(
             name=name,
             storage_path=storage.path_of(storage.join(storage_url, CHECKPOINTS)),
             storage_filesystem=None if local else storage.arrow_filesystem(storage_url),
             failure_config=FailureConfig(max_failures=scale.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=_CHECKPOINTS_KEPT),
+            callbacks=[watch],
         ),
     )
-    return trainer.fit()
+    try:
+        with faults.sigterm_saves(desk):
+            result: Any = trainer.fit()
+    except ControllerError as error:
+        if isinstance(error.controller_failure, faults.WaitedTooLongError):
+            raise ValueError(str(error.controller_failure)) from None
+        raise
+    outcome = result.return_value
+    if outcome is not None and outcome["failed"]:
+        raise ValueError(outcome["reason"])
+    if outcome is not None:
+        print(outcome["reason"], flush=True)
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 def setup_worker(scale: ScaleConfig) -> torch.device:
@@ -124,7 +167,11 @@ def make_engine(
         lr=0.0,  # set_learning_rate before each step
         betas=optimiser.betas,
         weight_decay=optimiser.weight_decay,
+        fused=True if scale.offload_optimiser else None,  # on the host: one pass over its memory
     )
+    zero: dict[str, Any] = {"stage": scale.zero_stage}
+    if scale.offload_optimiser:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": scale.use_gpu}
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=adam,
@@ -132,11 +179,12 @@ def make_engine(
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": optimiser.gradient_clipping,
-            "zero_optimization": {"stage": scale.zero_stage},
+            "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": scale.use_gpu},
+            "zero_force_ds_cpu_optimizer": False,
+            # Without the check a bf16 step is taken whatever its gradients are.
+            "bf16": {"enabled": scale.use_gpu, "check_grad_overflow": True},
             "steps_per_print": 10**9,
-            "checkpoint": {"use_node_local_storage": True},
         },
     )
     return engine
@@ -152,41 +200,13 @@ def warmed_up(rate: float, step: int, warmup_steps: int) -> float:
     return rate * min(1.0, (step + 1) / (warmup_steps + 1))
 
 
-class MovingAverage:
-    """fp32 moving average of a model's parameters, each parameter kept by one rank only."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.names = [name for name, _ in model.named_parameters()]
-        self._owner = {name: index % world_size() for index, name in enumerate(self.names)}
-        self.own = {
-            name: parameter.detach().float().clone()
-            for name, parameter in model.named_parameters()
-            if self._owner[name] == rank()
-        }
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """After optimiser step `step` (from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, parameter in model.named_parameters():
-            if name in self.own:
-                self.own[name].lerp_(parameter.detach().float(), 1 - decay)
-
-    @torch.no_grad()
-    def gathered(self, model: nn.Module) -> dict[str, Tensor]:
-        """The whole average, on every rank, in fp32."""
-        whole = {}
-        for name, parameter in model.named_parameters():
-            kept = self.own.get(name)
-            tensor = kept.clone() if kept is not None else torch.empty_like(parameter, dtype=torch.float32)
-            dist.broadcast(tensor, src=self._owner[name])
-            whole[name] = tensor
-        return whole
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        for name in self.own:
-            self.own[name].copy_(tensors[name])
+def scheduled(rate: float, step: int, steps: int, optimiser: OptimiserConfig) -> float:
+    """The rate at step `step` (from 0) of a stage of `steps`."""
+    warm = warmed_up(rate, step, optimiser.warmup_steps)
+    if optimiser.schedule == "constant" or step < optimiser.warmup_steps:
+        return warm
+    done = (step - optimiser.warmup_steps) / max(1, steps - optimiser.warmup_steps)
+    return warm * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def rank() -> int:
@@ -223,83 +243,6 @@ def prefetched(items: Iterable[T], ahead: int = 2) -> Iterator[T]:
         yield item
 
 
-class Log:
-    """One printed line a step, TensorBoard events, and the history that the report draws from."""
-
-    def __init__(self, output_url: str, name: str, total_steps: int, history: list[dict[str, Any]]) -> None:
-        self.total_steps, self.history = total_steps, history
-        self._url = storage.join(output_url, "tensorboard", name)
-        self._local = storage.path_of(self._url) if self._url.startswith("file://") else tempfile.mkdtemp()
-        self._writer = SummaryWriter(self._local, purge_step=len(history)) if rank() == 0 else None
-        self._started, self._first = time.monotonic(), len(history)
-
-    def step(self, step: int, stage: str, values: dict[str, float]) -> None:
-        """Record a step's numbers; `seconds` (of the step) must be among them."""
-        self.history.append({"step": step, "stage": stage, **values})
-        if self._writer is None:
-            return
-        for key, value in values.items():
-            self._writer.add_scalar(key, value, step)
-        done = len(self.history) - self._first
-        eta_s = (time.monotonic() - self._started) / done * (self.total_steps - step - 1)
-        shown = " ".join(f"{key} {value:.4g}" for key, value in values.items())
-        print(f"step {step + 1}/{self.total_steps} stage {stage} {shown} eta {eta_s:.0f} s", flush=True)
-
-    def flush(self) -> None:
-        """Bring the event files to where they belong."""
-        if self._writer is None:
-            return
-        self._writer.flush()
-        if not self._url.startswith("file://"):
-            for file in Path(self._local).iterdir():
-                storage.write_bytes(storage.join(self._url, file.name), file.read_bytes())
-
-
-def save_checkpoint(
-    engines: Mapping[str, Any], averages: Mapping[str, MovingAverage], state: dict[str, Any]
-) -> None:
-    """Every rank saves its part to a local folder and reports it; Ray Train joins and uploads them.
-
-    state: the loop's own state, JSON (steps done, data position, stage, history).
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        for name, engine in engines.items():
-            engine.save_checkpoint(folder, tag=name, exclude_frozen_parameters=False)
-        for name, average in averages.items():
-            torch.save(average.own, os.path.join(folder, f"{name}.ema.{rank()}.pt"))
-        if rank() == 0:
-            state = {**state, "world_size": world_size(), "contract": schema.CONTRACT_VERSION}
-            Path(folder, _STATE).write_text(json.dumps(state))
-        metrics = {"step": state["step"], "loss": state.get("loss", 0.0)}
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def resumed(
-    engines: Mapping[str, Any], averages: Mapping[str, MovingAverage], fresh: dict[str, Any]
-) -> dict[str, Any]:
-    """The loop's state of the run's newest checkpoint, its engines and averages loaded; else `fresh`."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return fresh
-    with checkpoint.as_directory() as folder:
-        state = json.loads(Path(folder, _STATE).read_text())
-        if state["world_size"] != world_size():
-            raise ValueError(
-                f"scale.num_workers: this run's checkpoint was made by {state['world_size']} workers, "
-                f"now there are {world_size()}; use as many"
-            )
-        for name, engine in engines.items():
-            engine.load_checkpoint(folder, tag=name)
-        for name, average in averages.items():
-            whole: dict[str, Tensor] = {}
-            for part in sorted(Path(folder).glob(f"{name}.ema.*.pt")):
-                whole |= torch.load(part, weights_only=True)
-            average.load(whole)
-    if rank() == 0:
-        print(f"resumed at step {state['step']} of this run", flush=True)
-    return state
-
-
 def summarise(summary: stage.Summary, weights_url: str) -> None:
     """Fill a training stage's summary from the history that its run left."""
     history = storage.read_json(storage.join(weights_url, HISTORY))
@@ -311,6 +254,10 @@ def summarise(summary: stage.Summary, weights_url: str) -> None:
         "last loss": round(steps[-1]["loss"], 4),
         "held_out": history["held_out"],
     }
+    for key in ("imbalance", "wait_share", "utilisation"):
+        found = [step[key] for step in steps if key in step]
+        if found:
+            summary.details[f"mean {key.replace('_', ' ')}"] = round(sum(found) / len(found), 4)
     for row in history["held_out"]:
         key = f"held-out loss, stage {row['stage']}"
         summary.details[key] = f"{row['before']:.4f} -> {row['after']:.4f}"

@@ -5,36 +5,63 @@
     <url>/config.json            kind, the model's config, the sha256 of every file; written last
 
 A folder without `config.json` is unfinished. A file that does not match its hash is refused: weights of
-one run never mix with the config of another.
+one run never mix with the config of another. Where a folder is asked for, the URL of a released file
+(.pth, .safetensors) will do too: `backbones.py` says which transformer such a file holds.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import tempfile
 import types
 import typing
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from model import checkpoints
+from model.nadit import NaDiT, NaDiTConfig
+from model.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
+from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
 from pipeline import storage
 
-if TYPE_CHECKING:
-    from model.swin_mmdit import SwinMMDiT
-    from model.vae.autoencoder import CausalVideoAutoencoder
-
-VAE, SWIN_MMDIT = "vae", "swin_mmdit"
+VAE, SWIN_MMDIT, NADIT = "vae", "swin_mmdit", "nadit"
 WEIGHTS_FILE = "weights.safetensors"
 NULL_TEXT_FILE = "null_text.safetensors"
 CONFIG_FILE = "config.json"
+RELEASED_ENDINGS = (".safetensors", ".pth", ".pt")
 
+Transformer = SwinMMDiT | NaDiT
+Shape = SwinMMDiTConfig | NaDiTConfig | AutoencoderConfig
 C = TypeVar("C")
 M = TypeVar("M", bound=torch.nn.Module)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """The texts that a transformer was trained with and is used with; fp32, on the CPU."""
+
+    null: Tensor
+    """(L, D) what it sees without a prompt: the joined '' prompt, or the released negative one"""
+    pooled: Tensor | None = None
+    """(P,) of the '' prompt"""
+    positive: Tensor | None = None
+    """(L, D) the fixed prompt of a released backbone"""
+
+
+def transformer_kind(model: Transformer) -> str:
+    """How `config.json` names a transformer."""
+    return NADIT if isinstance(model, NaDiT) else SWIN_MMDIT
+
+
+def shape_from_json(description: Mapping[str, Any]) -> Shape:
+    """The shape that `config.json`, or any JSON with `kind` and `config`, states."""
+    classes = {SWIN_MMDIT: SwinMMDiTConfig, NADIT: NaDiTConfig, VAE: AutoencoderConfig}
+    return config_from_json(classes[description["kind"]], description["config"])
 
 
 def save_weights(
@@ -42,22 +69,21 @@ def save_weights(
     kind: str,
     config: Any,
     state_dict: Mapping[str, Tensor],
-    extra: Mapping[str, Tensor] | None = None,
+    prompts: Prompts | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> str:
     """Write a weights folder; returns the sha256 of its `weights.safetensors`.
 
-    kind: "vae" | "swin_mmdit". config: the model's frozen dataclass. extra: for a transformer `text`
-    (L, D) and `pooled` (P,), fp32, of the '' prompt: kept in `null_text.safetensors`, so that restoring
-    needs no text encoder. about: anything worth knowing (steps, stage), kept in `config.json`.
+    kind: "vae" | "swin_mmdit" | "nadit". config: the model's frozen dataclass. prompts: of a transformer,
+    kept in `null_text.safetensors`, so that restoring needs no text encoder. about: anything worth
+    knowing (steps, stage), kept in `config.json`.
     """
     assert dataclasses.is_dataclass(config) and not isinstance(config, type)
-    files = {WEIGHTS_FILE: _bytes_of(state_dict)}
-    if extra:
-        files[NULL_TEXT_FILE] = _bytes_of(extra)
-    for name, data in files.items():
-        storage.write_bytes(storage.join(url, name), data)
-    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    files = {WEIGHTS_FILE: dict(state_dict)}
+    if prompts is not None:
+        named = {"text": prompts.null, "pooled": prompts.pooled, "positive": prompts.positive}
+        files[NULL_TEXT_FILE] = {name: tensor for name, tensor in named.items() if tensor is not None}
+    hashes = {name: _write_tensors(storage.join(url, name), tensors) for name, tensors in files.items()}
     description = {"kind": kind, "config": dataclasses.asdict(config), "sha256": hashes, "about": about or {}}
     storage.write_json(storage.join(url, CONFIG_FILE), description)
     return hashes[WEIGHTS_FILE]
@@ -71,31 +97,56 @@ def describe(url: str) -> dict[str, Any]:
     return storage.read_json(config_url)
 
 
+def is_released_file(url: str) -> bool:
+    """Whether the URL is that of a single file of weights and not of a folder."""
+    return url.endswith(RELEASED_ENDINGS)
+
+
 def weights_hash(url: str) -> str:
-    """The sha256 of the folder's weights, as written in its config."""
-    return describe(url)["sha256"][WEIGHTS_FILE]
+    """The sha256 of the weights: as a folder's config states it, or of a released file's own bytes."""
+    if not is_released_file(url):
+        return describe(url)["sha256"][WEIGHTS_FILE]
+    if not storage.exists(url):
+        raise ValueError(f"{url}: no such checkpoint file")
+    return _file_hash(url, storage.version(url))
 
 
-def load_vae(url: str) -> "CausalVideoAutoencoder":
-    """The trained autoencoder of a folder, on the CPU, in fp32, ready to run (eval, no gradients)."""
-    from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
-
-    description = _of_kind(url, VAE)
-    vae = CausalVideoAutoencoder(config_from_json(AutoencoderConfig, description["config"]))
-    return _filled(vae, url, description)
+@functools.lru_cache(maxsize=16)
+def _file_hash(url: str, version: str) -> str:
+    """Gigabytes are read once per file and process; `version` changes when the file does."""
+    with storage.open_input(url) as file:
+        return _digest(file)
 
 
-def load_dit(url: str) -> tuple["SwinMMDiT", Tensor, Tensor | None]:
-    """The trained transformer of a folder, on the CPU, in fp32, ready to run, and its null text.
+def load_vae(url: str) -> CausalVideoAutoencoder:
+    """The trained autoencoder of a folder, or a released file, on the CPU, in fp32, ready to run."""
+    if is_released_file(url):
+        with tempfile.TemporaryDirectory() as folder, storage.local_copy(url, folder) as path:
+            return checkpoints.load_autoencoder(path).eval().requires_grad_(False)
+    _of_kind(url, VAE)
+    _, shape, state, _ = read_folder(url)
+    return _filled(CausalVideoAutoencoder, shape, state, url)
 
-    Returns (model, text (L, D), pooled (P,) or None), the text being the joined '' prompt.
-    """
-    from model.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
 
-    description = _of_kind(url, SWIN_MMDIT)
-    model = SwinMMDiT(config_from_json(SwinMMDiTConfig, description["config"]))
-    null = _read_tensors(url, NULL_TEXT_FILE, description)
-    return _filled(model, url, description), null["text"], null.get("pooled")
+def load_dit(url: str) -> tuple[Transformer, Prompts]:
+    """The trained transformer of a folder, on the CPU, in fp32, ready to run, and its prompts."""
+    kind = _of_kind(url, SWIN_MMDIT, NADIT)["kind"]
+    _, shape, state, prompts = read_folder(url)
+    assert prompts is not None  # read_folder gives them with every transformer
+    if kind == NADIT:
+        return _filled(NaDiT, shape, state, url), prompts
+    return _filled(SwinMMDiT, shape, state, url), prompts
+
+
+def read_folder(url: str) -> tuple[str, Shape, dict[str, Tensor], Prompts | None]:
+    """A weights folder as it is: kind, shape, tensors (mapped from disk) and a transformer's prompts."""
+    description = describe(url)
+    prompts = None
+    if description["kind"] != VAE:
+        texts = _read_tensors(url, NULL_TEXT_FILE, description)
+        prompts = Prompts(texts["text"], texts.get("pooled"), texts.get("positive"))
+    state = _read_tensors(url, WEIGHTS_FILE, description)
+    return description["kind"], shape_from_json(description), state, prompts
 
 
 def config_from_json(config_class: type[C], values: Mapping[str, Any]) -> C:
@@ -117,15 +168,28 @@ def _from_json(hint: Any, value: Any) -> Any:
     return value
 
 
-def _bytes_of(tensors: Mapping[str, Tensor]) -> bytes:
-    # Copies: safetensors refuses tensors that share memory.
-    return to_safetensors({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()})
+def _write_tensors(url: str, tensors: Mapping[str, Tensor]) -> str:
+    """Write one file; returns its sha256."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "tensors.safetensors")
+        checkpoints.write_tensors(path, tensors, {})
+        with open(path, "rb") as file:
+            digest = _digest(file)
+        storage.put_file(path, url)
+    return digest
 
 
-def _of_kind(url: str, kind: str) -> dict[str, Any]:
+def _digest(file: typing.IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 24):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _of_kind(url: str, *kinds: str) -> dict[str, Any]:
     description = describe(url)
-    if description["kind"] != kind:
-        raise ValueError(f"{url}: holds weights of kind {description['kind']!r}, wanted {kind!r}")
+    if description["kind"] not in kinds:
+        raise ValueError(f"{url}: holds weights of kind {description['kind']!r}, wanted {' or '.join(kinds)}")
     return description
 
 
@@ -134,12 +198,14 @@ def _read_tensors(url: str, name: str, description: Mapping[str, Any]) -> dict[s
         if not os.path.exists(path):
             raise ValueError(f"{url}: {name} is missing; copy the whole weights folder")
         with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = _digest(file)
         if found != description["sha256"].get(name):
             raise ValueError(f"{url}: {name} does not match the sha256 in {CONFIG_FILE}; copy it again")
         return load_file(path)
 
 
-def _filled(model: M, url: str, description: Mapping[str, Any]) -> M:
-    model.load_state_dict(_read_tensors(url, WEIGHTS_FILE, description))
-    return model.float().eval().requires_grad_(False)
+def _filled(model_class: Callable[[Any], M], shape: Shape, state: Mapping[str, Tensor], url: str) -> M:
+    """The model: it takes the tensors themselves, without a copy of its own."""
+    with torch.device("meta"):
+        model = model_class(shape)
+    return checkpoints.load_strict(model, state, url).float().eval().requires_grad_(False)

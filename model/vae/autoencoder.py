@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model.vae.bands import convolve_in_bands, norm_silu_conv
 from model.vae.blocks import DownBlock, Downsampler, MiddleBlock, UpBlock, Upsampler
-from model.vae.causal_conv import CausalConv3d, FrameGroupNorm, StreamMemory, channels_last
+from model.vae.causal_conv import CausalConv3d, FrameGroupNorm, StreamMemory, channels_last, concatenate
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,9 @@ class Encoder(nn.Module):
         widths, groups = config.widths, config.norm_groups
         self.conv_in = CausalConv3d(3, widths[0], 3, padding=(0, 1, 1))
         first_temporal = len(widths) - 1 - config.time_halvings
+        self.large_levels = first_temporal + 1
+        """Levels at the video's own frame rate, up to the first that halves time."""
+        self.halves_time = config.time_halvings > 0
         self.down_blocks = nn.ModuleList()
         for level, width in enumerate(widths):
             last = level == len(widths) - 1
@@ -92,13 +95,28 @@ class Encoder(nn.Module):
         """(B, 3, 4n+1, 8h, 8w) -> (B, 2*16, n+1, h, w); 4n frames -> n in a stream that has begun."""
         video = channels_last(video)
         if memory is not None and memory.band_pixels is not None:
-            x = convolve_in_bands(self.conv_in, lambda a, b: video[..., a:b, :], video.shape[3:], memory)
+            x = concatenate([self._large(p, memory) for p in self._pieces(video, memory)], dim=2)
         else:
-            x = self.conv_in(video, memory)
-        for block in self.down_blocks:
+            x = self._large(video, memory)
+        for block in self.down_blocks[self.large_levels :]:
             x = block(x, memory)
         x = self.mid_block(x, memory)
         return norm_silu_conv(self.conv_norm_out, self.conv_out, x, memory)
+
+    def _large(self, video: Tensor, memory: StreamMemory | None) -> Tensor:
+        if memory is not None and memory.band_pixels is not None:
+            x = convolve_in_bands(self.conv_in, lambda a, b: video[..., a:b, :], video.shape[3:], memory)
+        else:
+            x = self.conv_in(video, memory)
+        for block in self.down_blocks[: self.large_levels]:
+            x = block(x, memory)
+        return x
+
+    def _pieces(self, video: Tensor, memory: StreamMemory) -> tuple[Tensor, ...]:
+        """As few frames at a time as the large levels take: a stream's first by itself, then two or one."""
+        step, frames = 2 if self.halves_time else 1, video.shape[2]
+        first = [1] if self.conv_in.name not in memory.tails else []
+        return video.split([*first, *[step] * ((frames - len(first)) // step)], dim=2)
 
 
 class Decoder(nn.Module):
@@ -121,9 +139,19 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor, memory: StreamMemory | None = None) -> Tensor:
         """(B, 16, n+1, h, w) -> (B, 3, 4n+1, 8h, 8w); n -> 4n frames in a stream that has begun."""
         x = self.mid_block(self.conv_in(channels_last(z), memory), memory)
+        if memory is not None and memory.band_pixels is not None:
+            return concatenate(list(self._frame_by_frame(x, 0, memory)), dim=2)
         for block in self.up_blocks:
             x = block(x, memory)
         return norm_silu_conv(self.conv_norm_out, self.conv_out, x, memory)
+
+    def _frame_by_frame(self, x: Tensor, level: int, memory: StreamMemory) -> Iterator[Tensor]:
+        """The video of a level's input, each frame going through all levels above before the next one."""
+        for frame in x.split(1, dim=2):
+            if level < len(self.up_blocks):
+                yield from self._frame_by_frame(self.up_blocks[level](frame, memory), level + 1, memory)
+            else:
+                yield norm_silu_conv(self.conv_norm_out, self.conv_out, frame, memory)
 
     @property
     def last_layer(self) -> Tensor:
@@ -187,17 +215,19 @@ class CausalVideoAutoencoder(nn.Module):
         slice_frames: int,
         memory: StreamMemory | None = None,
         band_pixels: int | None = None,
+        tails_on_host: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Moments slice by slice, equal to `encode` of the whole; memory does not grow with length.
 
         `frames` are pieces (B, 3, any t, H, W) of one video; they are cut anew into slices of
         1 + slice_frames and then slice_frames (a multiple of 4) frames, of which the last may be shorter.
         To resume, give a `memory` saved between two results and the frames from `memory.frames` on.
-        `band_pixels` bounds what a layer works on at once (no gradients; see `model.vae.bands`).
+        `band_pixels` bounds what a layer works on at once (no gradients; see `model.vae.bands`), and
+        `tails_on_host` keeps the memory off the device: `model.vae.budget` chooses both.
         """
         self._check_slice(slice_frames)
         memory = StreamMemory() if memory is None else memory
-        memory.band_pixels = band_pixels
+        memory.band_pixels, memory.tails_on_host = band_pixels, tails_on_host
         for piece in _cut(frames, slice_frames, first=memory.at_start):
             padded = self._pad(piece, first=memory.at_start)
             moments = self._moments(self.encoder(padded, memory))
@@ -213,16 +243,17 @@ class CausalVideoAutoencoder(nn.Module):
         slice_frames: int,
         memory: StreamMemory | None = None,
         band_pixels: int | None = None,
+        tails_on_host: bool = False,
     ) -> Iterator[Tensor]:
         """Video slice by slice, equal to `decode` of the whole; memory does not grow with length.
 
         `latents` are pieces (B, 16, any t, H', W') of one scaled latent. To resume, give a `memory` saved
         between two results and the latent frames from `memory.frames` on; `num_frames` is always that
-        of the whole video. `band_pixels` bounds what a layer works on at once, as in `encode_stream`.
+        of the whole video. `band_pixels` and `tails_on_host` are as in `encode_stream`.
         """
         self._check_slice(slice_frames)
         memory = StreamMemory() if memory is None else memory
-        memory.band_pixels = band_pixels
+        memory.band_pixels, memory.tails_on_host = band_pixels, tails_on_host
         factor = self.config.time_factor
         for piece in _cut(latents, slice_frames // factor, first=memory.at_start):
             done = 0 if memory.at_start else (memory.frames - 1) * factor + 1

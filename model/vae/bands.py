@@ -1,11 +1,12 @@
 """Layers computed on bands of rows: exact, so without seams, for frames that do not fit otherwise.
 
-A tile with blended overlaps is another picture than the frame: its norms and its attention see less.
-Here every layer still works on the whole frame, but a layer's temporaries (normalised input, the frames
-before, the convolution's workspace) exist for one band of full-width rows at a time. A band brings the
-one row above and below that a 3x3 kernel needs, and norms use the statistics of the whole frame. The
-result is the unbanded one to float rounding. What stays is a layer's input and output, and the stream's
-memory of two frames a convolution.
+A tile with blended overlaps is another picture than the frame: its norms and its attention see less, and
+streams of tiles together remember more than a stream of frames. Here every layer still works on the whole
+frame, but a layer's temporaries (normalised input, the frames before, the convolution's workspace) exist
+for one band of full-width rows at a time. A band brings the one row above and below that a 3x3 kernel
+needs, and norms use the statistics of the whole frame. The result is the unbanded one to float rounding.
+What stays is a layer's input and output, for one or two frames at the large levels (see `Encoder`,
+`Decoder`), and the stream's memory of two frames a convolution, which may lie in the host's memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -80,7 +81,8 @@ class _TailInBands:
 
     def __init__(self, conv: CausalConv3d, memory: StreamMemory, height: int) -> None:
         self.conv, self.memory, self.height = conv, memory, height
-        self.tail = None if memory.at_start or conv.kernel_size[0] == 1 else memory.tails[conv.name]
+        self.tail = memory.tails.get(conv.name)
+        self.at_start = self.tail is None
 
     def put_before(self, band: Tensor, first: int, next_first: int) -> Tensor:
         """`band`, rows from `first`, with the frames before it. From row `next_first` on, the next band
@@ -88,13 +90,11 @@ class _TailInBands:
         if self.conv.kernel_size[0] == 1:
             return band
         last = first + band.shape[3]
-        old = self.conv.before(band) if self.memory.at_start else self._old()[..., first:last, :]
-        extended = concatenate([old, band], dim=2)
         if self.tail is None:
             shape = (*band.shape[:2], self.conv.tail_frames, self.height, band.shape[4])
-            self.tail = torch.empty(
-                shape, dtype=band.dtype, device=band.device, memory_format=torch.channels_last_3d
-            )
+            self.tail = self.memory.empty_tail(shape, band)
+        old = self.conv.before(band) if self.at_start else self.tail[..., first:last, :].to(band.device)
+        extended = concatenate([old, band], dim=2)
         self.tail[..., first:next_first, :] = extended[:, :, -self.conv.tail_frames :, : next_first - first]
         return extended
 
@@ -102,10 +102,6 @@ class _TailInBands:
         """Hand the new memory to the stream."""
         if self.tail is not None:
             self.memory.tails[self.conv.name] = self.tail
-
-    def _old(self) -> Tensor:
-        assert self.tail is not None
-        return self.tail
 
 
 def _norm_silu_rows(norm: FrameGroupNorm, x: Tensor, band_pixels: int) -> Rows:

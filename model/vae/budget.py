@@ -5,11 +5,13 @@ what a stream needs besides the weights.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
+from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder, Decoder, Encoder
 from model.vae.blocks import Upsampler
 from model.vae.causal_conv import CausalConv3d, StreamMemory
 
@@ -17,13 +19,13 @@ CHOICES: tuple[tuple[int, int | None], ...] = (
     (16, None),
     (8, None),
     (4, None),
+    (4, 2048**2),
     (4, 1024**2),
     (4, 512**2),
     (4, 256**2),
-    (4, 128**2),
 )
-"""(frames a slice, pixels a band), fastest first: bands reread a row at each border, short slices the
-frames before them."""
+"""(frames a slice, pixels a band), fastest first: short slices reread the frames before them, bands a row at
+each border."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,25 @@ class StreamPlan:
 
     slice_frames: int
     band_pixels: int | None
+    tails_on_host: bool
     expected_gib: float
+    """on the device, besides the weights"""
+    host_gib: float
+    """in the host's memory, for `tails_on_host`"""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What to give to `encode_stream` and `decode_stream`."""
+        return {
+            "slice_frames": self.slice_frames,
+            "band_pixels": self.band_pixels,
+            "tails_on_host": self.tails_on_host,
+        }
 
 
 @dataclass(frozen=True)
 class _Convolution:
-    """One convolution's tensors in values, for one slice."""
+    """One convolution's tensors in values, for one slice or, in bands, for the frames it takes at a time."""
 
     given: int
     with_past: int
@@ -49,79 +64,169 @@ class _Convolution:
 
 
 def plan_stream(
-    config: AutoencoderConfig, height: int, width: int, budget_gib: float, bytes_per_value: int = 4
+    config: AutoencoderConfig,
+    height: int,
+    width: int,
+    budget_gib: float,
+    bytes_per_value: int = 4,
+    host: bool = False,
 ) -> StreamPlan:
     """The fastest choice whose estimate, for the larger of encode and decode, is within the budget.
 
-    ValueError if the smallest does not fit either; it names what that one needs.
+    host: whether there is a host with a memory of its own, as a GPU has; what the convolutions remember goes
+    there where no choice fits without. ValueError if the smallest does not fit either; it names its need.
     """
-    plan = None
-    for slice_frames, band_pixels in CHOICES:
-        values = stream_values(config, height, width, slice_frames, band_pixels)
-        plan = StreamPlan(slice_frames, band_pixels, values * bytes_per_value / 2**30)
-        if plan.expected_gib <= budget_gib:
-            return plan
-    assert plan is not None
+    gib = bytes_per_value / 2**30
+    smallest = float("inf")
+    for tails_on_host in (False, True) if host else (False,):
+        for slice_frames, band_pixels in CHOICES:
+            values = stream_values(config, height, width, slice_frames, band_pixels, tails_on_host)
+            smallest = min(smallest, values * gib)
+            if values * gib <= budget_gib:
+                tails = max(_tails(config, height, width)) if tails_on_host else 0
+                return StreamPlan(slice_frames, band_pixels, tails_on_host, values * gib, tails * gib)
     raise ValueError(
         f"budget of {budget_gib:g} GiB: a stream of {width}x{height} pixels needs at least "
-        f"{plan.expected_gib:.2f} GiB besides the weights"
+        f"{smallest:.2f} GiB besides the weights"
     )
 
 
 def stream_values(
-    config: AutoencoderConfig, height: int, width: int, slice_frames: int, band_pixels: int | None
+    config: AutoencoderConfig,
+    height: int,
+    width: int,
+    slice_frames: int,
+    band_pixels: int | None,
+    tails_on_host: bool = False,
 ) -> int:
-    """Most values alive at once in a stream of one video, encode or decode, its memory included."""
+    """Most values alive at once on the device in a stream of one video, encode or decode, its memory included
+    unless that is on the host."""
+    tails = (0, 0) if tails_on_host else _tails(config, height, width)
+    working = _both_working(config, height, width, slice_frames, band_pixels, tails_on_host)
+    return max(tails[0] + working[0], tails[1] + working[1])
+
+
+def working_values(
+    config: AutoencoderConfig,
+    height: int,
+    width: int,
+    slice_frames: int,
+    band_pixels: int | None,
+    tails_on_host: bool = False,
+) -> int:
+    """`stream_values` without the stream's memory: for those who count that of several streams themselves."""
+    return max(_both_working(config, height, width, slice_frames, band_pixels, tails_on_host))
+
+
+def tail_values(config: AutoencoderConfig, height: int, width: int) -> int:
+    """Values that the memories of one video's two streams, encode and decode, keep between slices."""
+    return sum(_tails(config, height, width))
+
+
+@lru_cache(4)
+def _on_meta(config: AutoencoderConfig) -> CausalVideoAutoencoder:
+    with torch.device("meta"):
+        return CausalVideoAutoencoder(config)
+
+
+@lru_cache(32)
+def _tails(config: AutoencoderConfig, height: int, width: int) -> tuple[int, int]:
+    """Values that an encode and a decode stream remember."""
+    autoencoder, memories = _on_meta(config), (StreamMemory(), StreamMemory())
     with torch.device("meta"), torch.no_grad():
-        autoencoder = CausalVideoAutoencoder(config)
-        _, rows, columns = config.latent_shape(1, height, width)
-        space, time = config.space_factor, config.time_factor
-        video = torch.empty(1, 3, 1 + slice_frames, rows * space, columns * space)
-        latent = torch.empty(1, config.latent_channels, 1 + slice_frames // time, rows, columns)
-        return max(
-            _most_values(autoencoder.encoder, video, band_pixels),
-            _most_values(autoencoder.decoder, latent, band_pixels),
+        for network, x, memory in zip(
+            (autoencoder.encoder, autoencoder.decoder),
+            _inputs(config, height, width, 0),
+            memories,
+            strict=True,
+        ):
+            network(x, memory)
+    encoding, decoding = (sum(tail.numel() for tail in memory.tails.values()) for memory in memories)
+    return encoding, decoding
+
+
+def _inputs(config: AutoencoderConfig, height: int, width: int, slice_frames: int) -> tuple[Tensor, Tensor]:
+    """The first slice, the longest, of a video and of its latent."""
+    _, rows, columns = config.latent_shape(1, height, width)
+    space, time = config.space_factor, config.time_factor
+    video = torch.empty(1, 3, 1 + slice_frames, rows * space, columns * space)
+    return video, torch.empty(1, config.latent_channels, 1 + slice_frames // time, rows, columns)
+
+
+@lru_cache(256)
+def _both_working(
+    config: AutoencoderConfig,
+    height: int,
+    width: int,
+    slice_frames: int,
+    band_pixels: int | None,
+    tails_on_host: bool,
+) -> tuple[int, int]:
+    """`_working_values` of encode and decode."""
+    autoencoder = _on_meta(config)
+    with torch.device("meta"), torch.no_grad():
+        video, latent = _inputs(config, height, width, slice_frames)
+        return (
+            _working_values(autoencoder.encoder, video, band_pixels, tails_on_host),
+            _working_values(autoencoder.decoder, latent, band_pixels, tails_on_host),
         )
 
 
-def _most_values(network: nn.Module, x: Tensor, band_pixels: int | None) -> int:
-    convolutions, memory = _observe(network, x)
-    kept = sum(tail.numel() for tail in memory.tails.values())
-    return kept + x.numel() + max(_values(convolution, band_pixels) for convolution in convolutions)
+def _working_values(
+    network: Encoder | Decoder, x: Tensor, band_pixels: int | None, tails_on_host: bool
+) -> int:
+    """Without the stream's memory: the largest layer, and what waits for later ones."""
+    convolutions = _observe(network, x, {} if band_pixels is None else _frames_at_a_time(network))
+    waiting = x.numel()
+    if band_pixels is not None:  # a level's result waits while its frames go through the levels after it
+        waiting += sum(convolution.result for convolution in convolutions if convolution.doubles)
+    return waiting + max(_values(conv, band_pixels, tails_on_host) for conv in convolutions)
 
 
-def _values(conv: _Convolution, band_pixels: int | None) -> int:
+def _values(conv: _Convolution, band_pixels: int | None, tails_on_host: bool) -> int:
     """Values alive while one convolution runs: residual, its input and output, and its temporaries."""
-    if band_pixels is None or band_pixels >= conv.pixels:
-        return 2 * conv.given + conv.with_past + conv.result
+    visiting = conv.with_past - conv.given if tails_on_host else 0
+    # The input is held before and after its activation or doubling.
+    work = 2 * conv.given + visiting + conv.with_past + conv.result
+    if band_pixels is None:
+        return work
     whole = (0 if conv.doubles else conv.given) + 2 * conv.result
-    # In a band, the input is held before and after its activation or doubling.
-    in_band = 2 * conv.given + conv.with_past + conv.result
-    return whole + in_band * band_pixels // conv.pixels
+    return whole + work * min(band_pixels, conv.pixels) // conv.pixels
 
 
-def _observe(network: nn.Module, x: Tensor) -> tuple[list[_Convolution], StreamMemory]:
-    """The shapes of a first slice, the longest, through every convolution."""
+def _frames_at_a_time(network: Encoder | Decoder) -> dict[nn.Module, int]:
+    """In bands: the most input frames of each convolution of the large levels (the others take a slice)."""
+    if isinstance(network, Encoder):
+        large = nn.ModuleList([network.conv_in, *network.down_blocks[: network.large_levels]])
+        return {module: 2 if network.halves_time else 1 for module in large.modules()}
+    frames = {module: 1 for module in (*network.up_blocks.modules(), network.conv_out)}
+    temporal = (m for m in network.modules() if isinstance(m, Upsampler) and m.temporal)
+    return frames | {upsampler.conv: 2 for upsampler in temporal}
+
+
+def _observe(network: nn.Module, x: Tensor, frames_at_a_time: dict[nn.Module, int]) -> list[_Convolution]:
+    """The shapes of a first slice through every convolution."""
     seen: list[_Convolution] = []
     doubling = {module.conv for module in network.modules() if isinstance(module, Upsampler)}
 
     def look(conv: nn.Module, inputs: tuple[Tensor, ...], result: Tensor) -> None:
         assert isinstance(conv, CausalConv3d)
         given = inputs[0]
-        values_per_frame = given.numel() // given.shape[2]
+        frames = min(given.shape[2], frames_at_a_time.get(conv, given.shape[2]))
+        result_frames = -(-frames // conv.stride[0])
+        per_frame = given.numel() // given.shape[2]
         seen.append(
             _Convolution(
-                given=given.numel(),
-                with_past=values_per_frame * (given.shape[2] + conv.kernel_size[0] - 1),
-                result=result.numel(),
+                given=per_frame * frames,
+                with_past=per_frame * (frames + conv.kernel_size[0] - 1),
+                result=result.numel() // result.shape[2] * result_frames,
                 pixels=given.shape[3] * given.shape[4],
                 doubles=conv in doubling,
             )
         )
 
     hooks = [m.register_forward_hook(look) for m in network.modules() if isinstance(m, CausalConv3d)]
-    memory = StreamMemory()
-    network(x, memory)
+    network(x, StreamMemory())
     for hook in hooks:
         hook.remove()
-    return seen, memory
+    return seen

@@ -29,8 +29,10 @@ class StreamMemory:
     frames: int = 0
     """Frames (encoder) or latent frames (decoder) that have passed, all slices so far."""
     band_pixels: int | None = None
-    """Work on bands of rows of about this many pixels of each frame (None: on whole frames). Not saved:
-    the result is the same."""
+    """Work on bands of rows of about this many pixels, and on a frame at a time where a level allows it
+    (None: on whole frames and slices). Not saved, like the next: the result is the same."""
+    tails_on_host: bool = False
+    """Keep the tails in the host's memory, and bring each to the device for its own convolution."""
 
     @property
     def at_start(self) -> bool:
@@ -38,8 +40,27 @@ class StreamMemory:
         return self.frames == 0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat tensors, ready for safetensors: the tails by convolution name, and `frames`."""
+        """Flat tensors, ready for safetensors: the tails by convolution name, and `frames`. They are the
+        stream's own: write or copy them before the stream goes on."""
         return {**self.tails, "frames": torch.tensor(self.frames)}
+
+    def keep(self, name: str, tail: Tensor) -> None:
+        """Remember a copy of `tail`: a view would keep the whole slice alive."""
+        stored = self.empty_tail(tail.shape, tail)
+        stored.copy_(tail)
+        self.tails[name] = stored
+
+    def empty_tail(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Room for a tail of `like`'s type where the tails are kept."""
+        device = torch.device("cpu") if self.tails_on_host else like.device
+        pinned = device.type == "cpu" and like.device.type == "cuda"  # transfers need no copy in between
+        return torch.empty(
+            tuple(shape),
+            dtype=like.dtype,
+            device=device,
+            pin_memory=pinned,
+            memory_format=torch.channels_last_3d,
+        )
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> "StreamMemory":
@@ -84,16 +105,14 @@ class CausalConv3d(nn.Conv3d):
         """(B, C, T, H, W) -> (B, C', T', H', W'); without `memory`, T is a whole clip."""
         if self.kernel_size[0] == 1:
             return self.convolve(x)
-        if memory is None:
-            one_frame = x.shape[2] == 1
-            return (
-                self.convolve_one_frame(x)
-                if one_frame
-                else self.convolve(concatenate([self.before(x), x], dim=2))
-            )
-        x = concatenate([self.before(x) if memory.at_start else memory.tails[self.name], x], dim=2)
-        # A clone: a view would keep the whole slice alive.
-        memory.tails[self.name] = x[:, :, -self.tail_frames :].clone()
+        tail = None if memory is None else memory.tails.get(self.name)
+        if tail is None and x.shape[2] == 1:
+            if memory is not None:
+                memory.keep(self.name, x.expand(-1, -1, self.tail_frames, -1, -1))
+            return self.convolve_one_frame(x)
+        x = concatenate([self.before(x) if tail is None else tail.to(x.device), x], dim=2)
+        if memory is not None:
+            memory.keep(self.name, x[:, :, -self.tail_frames :])
         return self.convolve(x)
 
     @property

@@ -1,17 +1,21 @@
 """Scores of a clip that need no weights: what makes a clip useless whatever it shows.
 
-Motion and repeated frames are measured between neighbouring frames shrunk to 320 px; the others on a few
-frames of full size, averaged. All pictures are uint8 RGB as displayed.
+Clips of one source are measured in one decode of it. Of each some frames are looked at in full size, and
+each of these with its neighbour, shrunk to 320 px, for motion and repeated frames. Pictures are full-range
+luma as coded (NIQE gets RGB), since turning every frame into RGB costs more than decoding it.
 """
 
-import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import cv2
 import numpy as np
 
-from pipeline import media
+from pipeline import display, media
 from pipeline.scores import niqe
+
+VERSION = 2
+"""Goes up when the same clip would get other scores."""
 
 SMALL_PX = 320
 _DARK, _BRIGHT = 16, 239  # of 255: what counts as crushed or clipped
@@ -21,7 +25,7 @@ _SAME = 0.5  # mean difference of two frames, of 255, below which nothing moved
 SCORES = {
     "sharpness": "variance of the Laplacian of luma (0 to 255), higher is sharper",
     "exposure": "mean luma, 0 to 255",
-    "exposure_range": "largest minus smallest mean luma of a frame within the clip: fades, flashes",
+    "exposure_range": "largest minus smallest mean luma of the frames looked at: fades, flashes",
     "contrast": "standard deviation of luma, 0 to 255",
     "clipped_share": "share of pixels that are crushed to black or clipped to white",
     "motion": "mean difference of neighbouring frames at 320 px, 0 to 255",
@@ -33,16 +37,13 @@ SCORES = {
 }
 
 
-def luma(frame: np.ndarray) -> np.ndarray:
-    return cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-
-
 def sharpness(grey: np.ndarray) -> float:
-    return float(cv2.Laplacian(grey, cv2.CV_32F).var())
+    edges = cv2.Laplacian(grey, cv2.CV_16S)  # whole numbers, so that sums are exact and fast
+    return cv2.norm(edges, cv2.NORM_L2SQR) / edges.size - (cv2.sumElems(edges)[0] / edges.size) ** 2
 
 
 def clipped_share(grey: np.ndarray) -> float:
-    return float(((grey < _DARK) | (grey > _BRIGHT)).mean())
+    return 1 - cv2.countNonZero(cv2.inRange(grey, _DARK, _BRIGHT)) / grey.size
 
 
 def border_share(grey: np.ndarray) -> float:
@@ -57,68 +58,119 @@ def border_share(grey: np.ndarray) -> float:
 
 def blockiness(grey: np.ndarray) -> float:
     """Mean step across the edges of the 8x8 grid over the mean step elsewhere, both directions averaged."""
-    picture = grey.astype(np.float32)
     ratios = []
-    for steps in (
-        np.abs(np.diff(picture, axis=1)).mean(axis=0),
-        np.abs(np.diff(picture, axis=0)).mean(axis=1),
-    ):
+    for axis, one, other in ((0, grey[:, 1:], grey[:, :-1]), (1, grey[1:], grey[:-1])):
+        if not one.size:
+            continue
+        sums = cv2.reduce(cv2.absdiff(one, other), axis, cv2.REDUCE_SUM, dtype=cv2.CV_32S).ravel()
+        steps = sums / grey.shape[axis]
         at_edge = np.arange(len(steps)) % 8 == 7
         if at_edge.any() and steps[~at_edge].size:
             ratios.append((steps[at_edge].mean() + 0.1) / (steps[~at_edge].mean() + 0.1))
     return float(np.mean(ratios)) if ratios else 1.0
 
 
-def measure_clip(clip: dict[str, Any], path: str, sampled_frames: int, niqe_frames: int) -> dict[str, float]:
-    """Every score of one row of clips/ that can be told; runs in the decoding child.
-
-    sampled_frames: frames of full size that are measured; niqe_frames: how many of those NIQE gets.
-    """
-    if clip["media"] == "image":
-        return _of_pictures([media.load_image(path)], niqe_frames)
-    wanted = {int(i) for i in np.linspace(0, clip["num_frames"] - 1, sampled_frames).round()}
-    chosen: list[np.ndarray] = []
-    small: list[np.ndarray] = []
-    # Only what is looked at closely becomes RGB: converting costs more than decoding.
-    to_rgb, to_luma = media.RgbConverter(), media.LumaConverter()
-    frames = media.decode_video(path, clip["start_pts"], clip["end_pts"])
-    for index, (_, frame, stream) in enumerate(frames):
-        if index in wanted:
-            chosen.append(to_rgb(frame, stream))
-        small.append(to_luma(frame, stream, SMALL_PX))
-    if not chosen or len(small) < clip["num_frames"]:
-        raise ValueError(f"only {len(small)} of the clip's {clip['num_frames']} frames decode")
-    return {**_of_pictures(chosen, niqe_frames), **_of_motion(small)}
-
-
-def _of_pictures(frames: list[np.ndarray], niqe_frames: int) -> dict[str, float]:
-    greys = [luma(frame) for frame in frames]
-    found = {
-        "sharpness": float(np.mean([sharpness(grey) for grey in greys])),
-        "exposure": float(np.mean([grey.mean() for grey in greys])),
-        "contrast": float(np.mean([grey.std() for grey in greys])),
-        "clipped_share": float(np.mean([clipped_share(grey) for grey in greys])),
-        # The least: one dark frame has no borders to speak of.
-        "border_share": float(np.min([border_share(grey) for grey in greys])),
-        "blockiness": float(np.mean([blockiness(grey) for grey in greys])),
-    }
-    picked = [frames[int(i)] for i in np.linspace(0, len(frames) - 1, niqe_frames + 2)[1:-1].round()]
-    values = [value for value in map(niqe.niqe, picked) if value is not None]
-    return {**found, "niqe": float(np.mean(values))} if values else found
-
-
-def _of_motion(small: list[np.ndarray]) -> dict[str, float]:
-    """From every frame's luma at 320 px."""
-    if len(small) < 2:
-        return {}
-    pairs = itertools.pairwise(small)
-    differences = [float(cv2.absdiff(before, after).mean()) for before, after in pairs]
-    levels = [float(picture.mean()) for picture in small]
+def of_picture(grey: np.ndarray) -> dict[str, float]:
+    """The scores that one picture has, from its luma."""
+    mean, deviation = cv2.meanStdDev(grey)
     return {
-        "exposure_range": max(levels) - min(levels),
-        "motion": float(np.mean(differences)),
-        "static_share": float(np.mean([difference < _SAME for difference in differences])),
+        "sharpness": sharpness(grey),
+        "exposure": float(mean[0, 0]),
+        "contrast": float(deviation[0, 0]),
+        "clipped_share": clipped_share(grey),
+        "border_share": border_share(grey),
+        "blockiness": blockiness(grey),
     }
+
+
+def _spread(count: int, number: int) -> list[int]:
+    """At most `number` of 0 to count - 1, the first and the last among them."""
+    return sorted({int(i) for i in np.linspace(0, max(0, count - 1), number).round()})
+
+
+class _Converters:
+    """One for each size, so that swscale keeps its tables."""
+
+    def __init__(self) -> None:
+        self.rgb = display.RgbConverter()
+        self.luma, self.small = display.LumaConverter(), display.LumaConverter()
+
+
+class _Measured:
+    """One clip's numbers while its frames come by."""
+
+    def __init__(self, num_frames: int, sampled_frames: int, niqe_frames: int) -> None:
+        looked_at = _spread(num_frames - 1, sampled_frames)  # each has a frame after it
+        between = np.linspace(0, len(looked_at) - 1, niqe_frames + 2)[1:-1].round()
+        self._looked_at, self._niqe_at = set(looked_at), {looked_at[int(i)] for i in between}
+        self._pictures: list[dict[str, float]] = []
+        self._niqe: list[float] = []
+        self._levels: list[float] = []
+        self._differences: list[float] = []
+        self._before: np.ndarray | None = None
+        self.seen = 0
+
+    def add(self, frame: Any, stream: Any, to: _Converters) -> None:
+        """The next frame of the clip, as decoded."""
+        index = self.seen
+        self.seen += 1
+        if index in self._looked_at:
+            self._pictures.append(of_picture(to.luma(frame, stream)))
+        if index in self._niqe_at and (value := niqe.niqe(to.rgb(frame, stream))) is not None:
+            self._niqe.append(value)
+        if index not in self._looked_at and index - 1 not in self._looked_at:
+            return
+        small = to.small(frame, stream, SMALL_PX)
+        self._levels.append(cv2.mean(small)[0])
+        if index - 1 in self._looked_at:
+            assert self._before is not None
+            self._differences.append(cv2.mean(cv2.absdiff(self._before, small))[0])
+        self._before = small
+
+    def scores(self) -> dict[str, float]:
+        found = {name: float(np.mean([one[name] for one in self._pictures])) for name in self._pictures[0]}
+        # The least: one dark frame has no borders to speak of.
+        found["border_share"] = min(one["border_share"] for one in self._pictures)
+        if self._niqe:
+            found["niqe"] = float(np.mean(self._niqe))
+        if self._differences:
+            found["exposure_range"] = max(self._levels) - min(self._levels)
+            found["motion"] = float(np.mean(self._differences))
+            found["static_share"] = float(np.mean([one < _SAME for one in self._differences]))
+        return found
+
+
+def measure_clips(
+    clips: list[dict[str, Any]], path: str, sampled_frames: int, niqe_frames: int
+) -> Iterator[dict[str, float]]:
+    """Every score that can be told of each row of clips/; runs in the decoding child.
+
+    clips: of one source, one after the other in time. sampled_frames: frames that are looked at in each;
+    niqe_frames: how many of those NIQE gets. ValueError, after the clips before it, if one does not decode.
+    """
+    if clips[0]["media"] == "image":
+        picture = media.load_image(path)
+        value = niqe.niqe(picture) if niqe_frames else None
+        yield of_picture(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)) | (
+            {} if value is None else {"niqe": value}
+        )
+        return
+    to = _Converters()
+    waiting = iter(clips)
+    clip, measured = next(waiting), _Measured(clips[0]["num_frames"], sampled_frames, niqe_frames)
+    for stamp, frame, stream in media.decode_video(path, clips[0]["start_pts"], clips[-1]["end_pts"]):
+        if stamp < (clip["start_pts"] or 0):
+            continue
+        if clip["end_pts"] is not None and stamp >= clip["end_pts"]:
+            break
+        measured.add(frame, stream, to)
+        if measured.seen == clip["num_frames"]:
+            yield measured.scores()
+            following = next(waiting, None)
+            if following is None:
+                return
+            clip, measured = following, _Measured(following["num_frames"], sampled_frames, niqe_frames)
+    raise ValueError(f"only {measured.seen} of the clip's {clip['num_frames']} frames decode")
 
 
 def bits_per_pixel(clip: dict[str, Any]) -> float | None:

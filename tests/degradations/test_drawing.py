@@ -195,3 +195,16 @@ def test_other_time_modes(time):
 def test_wrong_settings_are_named(make: Callable[[], object], message: str):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_recipe_that_names_its_kinds_in_another_order_draws_the_same():
+    def turned(weights: dict) -> dict:
+        return dict(reversed(list(weights.items())))
+
+    first = REALBASICVSR.first
+    assert first.blur is not None and first.codec is not None
+    blur = dataclasses.replace(first.blur, kernels=turned(first.blur.kernels))
+    codec = dataclasses.replace(first.codec, encoders=turned(first.codec.encoders))
+    recipe = dataclasses.replace(REALBASICVSR, first=dataclasses.replace(first, blur=blur, codec=codec))
+    for seed in range(50):
+        assert draw(recipe, seed, (3, 64, 64), 24.0) == draw(REALBASICVSR, seed, (3, 64, 64), 24.0)

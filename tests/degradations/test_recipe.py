@@ -1,11 +1,14 @@
 """Recipes: what is drawn, that it repeats, and what it does to a clip."""
 
 import dataclasses
+from fractions import Fraction
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from jsonargparse import ArgumentParser
+from skimage import data
 
 from degradations import recipe
 from degradations.config import LIGHT, REALBASICVSR, REALESRGAN, RecipeConfig, TimeMode
@@ -75,3 +78,67 @@ def test_target_is_the_sharpened_truth_only_where_the_recipe_says_so():
 def test_other_arrays_are_refused(frames):
     with pytest.raises(ValueError, match=r"frames: got .*uint8 \(2, 32, 32, 3\)"):
         apply(draw(LIGHT, 0, (2, 32, 32), 24.0), frames)
+
+
+def test_memory_layout_does_not_matter():
+    clip = make_clip((3, 36, 52))
+    drawn = draw(REALBASICVSR, 3, (3, 36, 52), 24.0)
+    expected = apply(drawn, clip).lq
+    locked = clip.copy()
+    locked.flags.writeable = False
+    for other in (
+        np.asfortranarray(clip),
+        np.repeat(clip, 2, axis=2)[:, :, ::2],
+        clip[::-1].copy()[::-1],
+        locked,
+    ):
+        assert np.array_equal(apply(drawn, other).lq, expected)
+
+
+@pytest.mark.parametrize("fps", [Fraction(24000, 1001), np.float32(24), 25])
+def test_any_number_is_a_rate_and_goes_to_json(fps):
+    drawn = draw(REALBASICVSR, np.int64(3), (2, np.int64(36), 52), fps)  # type: ignore[arg-type]
+    assert from_json(to_json(drawn)) == drawn
+
+
+@pytest.mark.parametrize(
+    ("seed", "shape", "fps", "message"),
+    [
+        (-1, (2, 32, 32), 24.0, "seed: -1"),
+        (1.5, (2, 32, 32), 24.0, "seed: 1.5"),
+        (1, (0, 32, 32), 24.0, "shape: "),
+        (1, (2, 32, 32, 3), 24.0, "shape: "),
+        (1, (2, 32.5, 32), 24.0, "shape: "),
+        (1, (2, 32, 32), None, "fps: None"),
+        (1, (2, 32, 32), float("nan"), "fps: nan"),
+        (1, (2, 32, 32), float("inf"), "fps: inf"),
+    ],
+)
+def test_wrong_arguments_are_named(seed, shape, fps, message: str):
+    with pytest.raises(ValueError, match=message):
+        draw(REALBASICVSR, seed, shape, fps)
+
+
+def test_json_of_another_length_is_refused():
+    text = to_json(draw(REALBASICVSR, 3, (4, 36, 52), 24.0))
+    with pytest.raises(ValueError, match="has 4 values, not 5"):
+        from_json(text.replace("[4,36,52]", "[5,36,52]"))
+
+
+def test_a_wrong_time_mode_or_step_is_named():
+    with pytest.raises(ValueError, match="time: 'still' is none of walk"):
+        dataclasses.replace(LIGHT, time="still")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"blur\.sigma_step_px"):
+        dataclasses.replace(REALBASICVSR.first.blur, sigma_step_px=-1.0)  # type: ignore[type-var]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_4k_video_keeps_its_shape(name: str):
+    picture = cv2.resize(data.coffee(), (3840, 2160), interpolation=cv2.INTER_CUBIC)
+    frames = np.stack([np.roll(picture, 8 * t, axis=1) for t in range(3)])
+    result = apply(draw(RECIPES[name], 5, frames.shape[:3], 24.0), frames)
+    assert result.lq.shape == result.hq.shape == frames.shape
+    # Worse than the source, but the same picture.
+    error = np.abs(result.lq.astype(np.int16) - frames).mean()
+    assert 0.5 < error < 40

@@ -55,13 +55,30 @@ def test_full_size_has_the_released_names_shapes_and_parameter_counts():
     assert sum(p.numel() for p in full.decoder.parameters()) == 150_601_731
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10])
-def test_any_size_comes_back_as_it_was(tiny, frames):
-    video = video_of(frames, 37, 53)
-    mean, log_variance = tiny.encode(video)
-    assert mean.shape == log_variance.shape == (1, 16, *TINY.latent_shape(frames, 37, 53))
-    latent = tiny.to_latent(mean, log_variance, noise=None)
-    assert tiny.decode(latent, frames, 37, 53).shape == video.shape
+def check_size(autoencoder: CausalVideoAutoencoder, frames: int, height: int, width: int) -> None:
+    video = video_of(frames, height, width)
+    mean, log_variance = autoencoder.encode(video)
+    assert mean.shape == log_variance.shape == (1, 16, *TINY.latent_shape(frames, height, width))
+    latent = autoencoder.to_latent(mean, log_variance, noise=None)
+    assert autoencoder.decode(latent, frames, height, width).shape == video.shape
+    streamed = autoencoder.decode_stream([latent], frames, height, width, 8)
+    assert sum(piece.shape[2] for piece in streamed) == frames
+
+
+@pytest.mark.parametrize("frames", range(1, 11))
+def test_any_length_comes_back_as_it_was(tiny, frames):
+    check_size(tiny, frames, 37, 53)
+
+
+@pytest.mark.parametrize("frames", range(11, 41))
+def test_longer_ones_too(tiny, frames):
+    check_size(tiny, frames, 9, 17)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("height", "width"), [(1080, 1920), (719, 1279), (1, 8), (2, 1000)])
+def test_any_size_comes_back_as_it_was(tiny, height, width):
+    check_size(tiny, 2, height, width)
 
 
 def test_padding_repeats_the_edge(tiny):
@@ -95,7 +112,7 @@ def check_streaming(autoencoder: CausalVideoAutoencoder, frames: int, slice_fram
 
 
 @pytest.mark.parametrize("frames", [1, 5, 7, 17, 33])
-@pytest.mark.parametrize("slice_frames", [4, 8])
+@pytest.mark.parametrize("slice_frames", [4, 8, 16])
 def test_streaming_equals_one_pass(tiny, frames, slice_frames):
     check_streaming(tiny, frames, slice_frames)
 
@@ -127,6 +144,14 @@ def test_streams_resume_from_saved_memory(tiny):
     resumed = StreamMemory.from_state_dict(memory.state_dict())
     begun += list(tiny.decode_stream([whole[:, :, resumed.frames :]], 13, 24, 32, 4, resumed))
     assert largest_difference(torch.cat(begun, dim=2), decoded) == 0
+
+
+def test_a_stream_may_begin_with_a_single_frame(tiny):
+    video = video_of(9)
+    memory = StreamMemory()
+    begun = [next(tiny.encode_stream([video[:, :, :1]], 4, memory))[0]]
+    begun += [mean for mean, _ in tiny.encode_stream([video[:, :, 1:]], 4, memory)]
+    assert largest_difference(torch.cat(begun, dim=2), tiny.encode(video)[0]) <= 1e-5
 
 
 def test_memory_of_a_stream_does_not_grow(tiny):

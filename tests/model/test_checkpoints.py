@@ -17,6 +17,7 @@ from model.checkpoints import (
     main,
     read_header,
     read_tensors,
+    released_autoencoder_config,
     save_autoencoder,
 )
 from model.vae import AutoencoderConfig, CausalVideoAutoencoder
@@ -104,6 +105,30 @@ def test_verify_passes_the_recorded_autoencoder(capsys):
     assert main(["verify", str(VAE_CASE)]) == 0
     printed = capsys.readouterr().out
     assert printed.count(" ok") == 36  # 4 clips x (one pass, slices of 4 and 8) x (mean, logvar, dec)
+
+
+@pytest.mark.parametrize(("halvings", "frames"), [(0, 3), (1, 7), (2, 13)])
+def test_verify_takes_other_shapes_and_configurations(tmp_path, capsys, halvings, frames):
+    torch.manual_seed(1)
+    released = {
+        "block_out_channels": [8, 16, 24],
+        "latent_channels": 3,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "temporal_scale_num": halvings,
+    }
+    autoencoder = CausalVideoAutoencoder(released_autoencoder_config(released)).eval()
+    tensors = {f"state.{name}": tensor for name, tensor in autoencoder.state_dict().items()}
+    for name, size in (("clip0", (2, 3, frames, 20, 28)), ("still", (1, 3, 1, 8, 12))):
+        with torch.no_grad():
+            video = torch.rand(size) * 2 - 1
+            mean, log_variance = autoencoder.encode(video)
+            tensors |= {f"in.{name}.x": video, f"out.{name}.mean": mean, f"out.{name}.logvar": log_variance}
+            tensors[f"out.{name}.dec"] = autoencoder.decode_unscaled(mean)
+    header = {"json": json.dumps({"case": "other", "config": released})}
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "c.safetensors", header)
+    assert main(["verify", str(tmp_path / "c.safetensors")]) == 0
+    assert capsys.readouterr().out.count(" ok") == 18
 
 
 @pytest.mark.parametrize("change", [1e-4, float("nan")])

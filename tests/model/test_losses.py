@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from model import losses
-from model.checkpoints import load_perceptual
 
 
 def test_kl_is_a_sum_over_the_latent_for_each_clip():
@@ -47,30 +46,3 @@ def test_adaptive_weight_makes_both_gradients_equally_long():
 
 def test_adaptive_weight_is_clamped():
     assert losses.adaptive_weight(torch.tensor([1e6, 0.0])).item() == losses.MAX_ADAPTIVE_WEIGHT
-
-
-class _Distance(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.tensor(2.0))
-
-    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return self.gain * (a - b).square().mean(dim=(1, 2, 3), keepdim=True)
-
-
-def test_perceptual_network_comes_from_a_file_and_stays_frozen(tmp_path):
-    torch.jit.script(_Distance()).save(str(tmp_path / "lpips.pt"))
-    loss = load_perceptual(str(tmp_path / "lpips.pt"))
-    assert loss is not None
-    video = torch.zeros(2, 3, 5, 8, 8, requires_grad=True)
-    value = loss(video, torch.ones_like(video))
-    assert value.item() == pytest.approx(2.0)
-    value.backward()
-    assert video.grad is not None
-    assert not any(p.requires_grad for p in loss.parameters())
-
-
-def test_no_perceptual_loss_must_be_said_in_words(tmp_path):
-    assert load_perceptual("none") is None
-    with pytest.raises(ValueError, match=r"perceptual: .*none"):
-        load_perceptual(str(tmp_path / "missing.pt"))

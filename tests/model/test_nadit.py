@@ -1,17 +1,17 @@
 """The released backbones: recorded numbers, names and shapes, packing."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks import released
 from model import checkpoints, parity
 from model.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT, NaDiTConfig
 from model.windows import Grid
+from tests.model.plain_nadit import Plain
 
 DATA = Path(__file__).parents[1] / "data/parity"
 
@@ -133,36 +133,62 @@ def test_saved_file_states_its_configuration(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
 
 
-PEAK = """
-import resource, sys, torch
-from model import checkpoints
-from model.nadit import NaDiT
-path, dtype = sys.argv[1], getattr(torch, sys.argv[2]) if sys.argv[2] else None
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-model = checkpoints.load_backbone(path, None, dtype)
-sum(p.sum() for p in model.parameters())  # every page has been touched
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-sizes = [p.nbytes for p in model.parameters()]
-print((after - before) * 1024, sum(sizes), max(sizes))
-"""
-
-
-@pytest.mark.parametrize("dtype", ["", "bfloat16", "float16"])
-def test_loading_holds_no_second_copy(dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("suffix", "dtype"),
+    [
+        ("safetensors", "keep"),
+        ("pth", "bfloat16"),
+        pytest.param("pth", "keep", marks=pytest.mark.slow),
+        pytest.param("safetensors", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_loading_holds_no_second_copy(suffix, dtype, tmp_path):
     """Peak of a fresh process: 1.3 times the file as it is; 1.1 times the target, plus a tensor, if cast."""
-    model = NaDiT(tiny("3b", width=768, num_layers=6, head_dim=128, num_heads=6, rotary_dim=128)).to(
-        torch.float32
-    )
-    checkpoints.save_backbone(tmp_path / "m.safetensors", model, {})
-    command = [sys.executable, "-c", PEAK, str(tmp_path / "m.safetensors"), dtype]
-    peak, size, largest = map(
-        int, subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()
-    )
-    assert size > 100e6 if not dtype else size > 50e6
-    slack = 25e6  # what loading itself allocates, whatever the size of the file
-    assert peak < (1.1 * size + 2 * largest if dtype else 1.3 * size) + slack, (peak, size, largest)
+    config = tiny("3b", width=768, num_layers=6, head_dim=128, num_heads=6, rotary_dim=128)
+    path = tmp_path / f"m.{suffix}"
+    largest = released.write_random(path, config, torch.float32)
+    peak, size = released.load_peak(path, config, dtype)
+    bar = 1.3 * path.stat().st_size if dtype == "keep" else 1.1 * size + largest
+    assert 100e6 < size < peak < bar, (peak, size, largest)
 
 
 def test_odd_latents_are_refused():
     with pytest.raises(ValueError, match=r"\(1, 5, 4\).*pad"):
         NaDiT(tiny("7b"))(torch.randn(20, 33), torch.randn(2, 40), [(1, 5, 4)], [2], torch.tensor([1.0]))
+
+
+OTHER_SHAPES = (
+    {},
+    {"num_heads": 3, "head_dim": 24, "rotary_dim": 24},  # heads that do not add up to the width
+    {"num_heads": 2, "head_dim": 32, "rotary_dim": 22},  # an odd third: 3 pairs of 7 channels
+    {"width": 96, "num_layers": 4, "text_dim": 8, "mlp_ratio": 2},
+    {"windows": (2, 2, 5)},
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        *[(kind, changes) for kind in ("3b", "7b") for changes in OTHER_SHAPES],
+        ("3b", {"separate_layers": 0}),
+        ("3b", {"separate_layers": 3}),
+    ],
+)
+def test_packed_shapes_of_all_kinds_equal_the_plain_network(kind, changes):
+    """Images, long and thin videos, one-token texts, windows of one token: against a loop over windows."""
+    config = tiny(kind, **changes)
+    model = NaDiT(config)
+    state = {n: t + 0.1 * torch.randn_like(t) * (t.ndim == 1) for n, t in model.state_dict().items()}
+    rope = {n: t for n, t in model.state_dict().items() if n.endswith("freqs")}
+    model.load_state_dict(state | rope)
+    plain = Plain(config, dict(model.state_dict()))
+    shapes: list[Grid] = [(1, 2, 2), (1, 26, 40), (7, 48, 4), (31, 2, 6), (2, 64, 62)]
+    text_lengths, times = [1, 9, 3, 64, 2], torch.tensor([1000.0, 20.0, 0.0, 613.7, 231.4])
+    rows = [t * h * w for t, h, w in shapes]
+    video, text = torch.randn(sum(rows), 33), torch.randn(sum(text_lengths), config.text_dim)
+    with torch.no_grad():
+        packed = model(video, text, shapes, text_lengths, times).split(rows)
+        for i, (v, t) in enumerate(zip(video.split(rows), text.split(text_lengths), strict=True)):
+            expected = plain(v, t, shapes[i], times[i].item())
+            assert expected.std() > 0.1
+            assert (packed[i] - expected).abs().max() <= 2e-5, shapes[i]

@@ -2,16 +2,21 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from model.checkpoints import load_sd3_transformer
 from model.packing import patchify
-from model.sd3_weights import load_sd3_transformer
 from model.swin_mmdit import SD3_MEDIUM, TINY, SwinMMDiT, SwinMMDiTConfig
 from model.windows import Grid
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +45,19 @@ def random_inputs(config: SwinMMDiTConfig, shapes: list[Grid], text_lengths: lis
     }
 
 
+def sd3_transformer(config: SwinMMDiTConfig):
+    """diffusers' SD3 transformer of this shape, its position table zero."""
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=16, num_layers=config.num_layers,
+        attention_head_dim=config.head_dim, num_attention_heads=config.num_heads,
+        joint_attention_dim=config.text_dim, caption_projection_dim=config.width,
+        pooled_projection_dim=config.pooled_dim, out_channels=16, pos_embed_max_size=16,
+    )  # fmt: skip
+    model.pos_embed.pos_embed.zero_()
+    return model
+
+
 class TestAgainstSD3:
     """diffusers' SD3Transformer2DModel with a zero position table is Swin-MMDiT with one whole window."""
 
@@ -47,18 +65,10 @@ class TestAgainstSD3:
 
     @pytest.fixture
     def sd3(self):
-        diffusers = pytest.importorskip("diffusers")
-        config = self.config
-        model = diffusers.SD3Transformer2DModel(
-            sample_size=16, patch_size=2, in_channels=16, num_layers=config.num_layers,
-            attention_head_dim=config.head_dim, num_attention_heads=config.num_heads,
-            joint_attention_dim=config.text_dim, caption_projection_dim=config.width,
-            pooled_projection_dim=config.pooled_dim, out_channels=16, pos_embed_max_size=16,
-        )  # fmt: skip
+        model = sd3_transformer(self.config)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(std=0.02 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
-            model.pos_embed.pos_embed.zero_()
         return model
 
     def test_outputs_gradients_and_report(self, sd3, tmp_path):
@@ -91,7 +101,16 @@ class TestAgainstSD3:
         assert (out - theirs).abs().max() <= 1e-5
         ((theirs - target) ** 2).mean().backward()
         ((out - target) ** 2).mean().backward()
-        assert_gradients_equal(ours, sd3)
+        # SD3's gradients, brought into our layout by the same loader: every tensor has its counterpart.
+        state = {name: torch.zeros_like(tensor) for name, tensor in sd3.state_dict().items()}
+        state |= {name: p.grad for name, p in sd3.named_parameters() if p.grad is not None}
+        save_file(state, tmp_path / "gradients.safetensors")
+        expected = SwinMMDiT(self.config)
+        load_sd3_transformer(expected, tmp_path / "gradients.safetensors")
+        gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
+        for name, parameter in expected.named_parameters():
+            largest = parameter.abs().max()
+            assert largest > 0 and (gradients[name] - parameter).abs().max() <= 1e-5 * largest, name
 
     def test_sharded_file_gives_the_same(self, sd3, tmp_path):
         state = sd3.state_dict()
@@ -113,45 +132,21 @@ class TestAgainstSD3:
         save_file({"some.weight": torch.zeros(3)}, tmp_path / "x.safetensors")
         with pytest.raises(ValueError, match="not an SD3 transformer"):
             load_sd3_transformer(SwinMMDiT(self.config), tmp_path / "x.safetensors")
+        with pytest.raises(ValueError, match="no such file"):
+            load_sd3_transformer(SwinMMDiT(self.config), tmp_path / "y.safetensors")
 
-
-def assert_gradients_equal(ours: SwinMMDiT, sd3) -> None:
-    """max|a - b| <= 1e-5 max|b| for every parameter that SD3 gives a gradient."""
-    theirs = {name: parameter.grad for name, parameter in sd3.named_parameters()}
-    last = ours.config.num_layers - 1
-
-    def close(a: torch.Tensor, name: str) -> None:
-        b = theirs[name]
-        assert b is not None and (a.reshape(b.shape) - b).abs().max() <= 1e-5 * b.abs().max(), name
-
-    convolution = theirs["pos_embed.proj.weight"]
-    patches = ours.video_in.weight.grad.reshape(-1, 2, 2, 33)[..., :16].permute(0, 3, 1, 2)
-    assert (patches - convolution).abs().max() <= 1e-5 * convolution.abs().max()
-    for i, block in enumerate(ours.blocks):
-        prefix = f"transformer_blocks.{i}"
-        for stream, projections in (
-            ("video", ("to_q", "to_k", "to_v")),
-            ("text", ("add_q_proj", "add_k_proj", "add_v_proj")),
-        ):
-            parts = getattr(block, stream).qkv.weight.grad.chunk(3)
-            for part, projection in zip(parts, projections, strict=True):
-                if i == last and projection == "add_q_proj":
-                    assert not part.any() and not theirs[f"{prefix}.attn.add_q_proj.weight"].any()
-                else:
-                    close(part, f"{prefix}.attn.{projection}.weight")
-        close(block.video.modulation.weight.grad, f"{prefix}.norm1.linear.weight")
-        close(block.text.modulation.weight.grad, f"{prefix}.norm1_context.linear.weight")
-        close(block.video.mlp.hidden.weight.grad, f"{prefix}.ff.net.0.proj.weight")
-        close(block.video.mlp.out.weight.grad, f"{prefix}.ff.net.2.weight")
-        close(block.video.out.weight.grad, f"{prefix}.attn.to_out.0.weight")
-        if i < last:
-            close(block.text.out.weight.grad, f"{prefix}.attn.to_add_out.weight")
-            close(block.text.mlp.hidden.weight.grad, f"{prefix}.ff_context.net.0.proj.weight")
-    close(ours.text_in.weight.grad, "context_embedder.weight")
-    close(ours.time_in.hidden.weight.grad, "time_text_embed.timestep_embedder.linear_1.weight")
-    close(ours.pooled_in.out.weight.grad, "time_text_embed.text_embedder.linear_2.weight")
-    close(ours.modulation_out.weight.grad, "norm_out.linear.weight")
-    close(ours.video_out.weight.grad, "proj_out.weight")
+    def test_another_transformer_is_refused(self, sd3, tmp_path):
+        """One with more in it (SD3.5 normalises queries and keys), of more layers, or of another width."""
+        state = sd3.state_dict()
+        file = tmp_path / "other.safetensors"
+        save_file({**state, "transformer_blocks.0.attn.norm_q.weight": torch.ones(32)}, file)
+        with pytest.raises(ValueError, match=r"no place for 'transformer_blocks.0.attn.norm_q.weight'"):
+            load_sd3_transformer(SwinMMDiT(self.config), file)
+        save_file(state, file)
+        with pytest.raises(ValueError, match="not an SD3 transformer of 3 layers"):
+            load_sd3_transformer(SwinMMDiT(replace(self.config, num_layers=3)), file)
+        with pytest.raises(ValueError, match=r"'proj_out.weight' makes .* but video_out.weight is"):
+            load_sd3_transformer(SwinMMDiT(replace(self.config, out_channels=8)), file)
 
 
 class TestPacking:
@@ -172,6 +167,14 @@ class TestPacking:
                 )  # fmt: skip
                 assert alone.std() > 0.1
                 assert (packed[i] - alone).abs().max() <= 1e-5
+
+    def test_any_even_size_runs(self):
+        """No size is special: one pixel pair, a long strip, one frame or many, all in one batch and alone."""
+        shapes: list[Grid] = [(1, 2, 2), (1, 2, 94), (13, 6, 2), (2, 34, 18)]
+        model = random_model(TINY)
+        with torch.no_grad():
+            out = model(**random_inputs(TINY, shapes, [1, 5, 2, 3]))
+            assert out.shape == (sum(t * h * w for t, h, w in shapes), 16) and out.isfinite().all()
 
     def test_every_input_matters(self):
         model = random_model(TINY)
@@ -235,6 +238,64 @@ def test_checkpointed_blocks_give_the_same_gradients():
         assert torch.allclose(a, b, atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_compiled_model_gives_the_same():
+    """One compilation serves every length."""
+    config = replace(TINY, num_layers=1)
+    model = random_model(config)
+    calls = [random_inputs(config, [shape], [3]) for shape in ((2, 6, 8), (3, 10, 12))]
+    results: list[list[torch.Tensor]] = []
+    for compiled in (False, True):
+        if compiled:
+            model.compile_mlps()
+        model.zero_grad()
+        outs = [model(**inputs) for inputs in calls]
+        sum(out.square().mean() for out in outs).backward()
+        results.append([*outs, *(parameter.grad.clone() for parameter in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+MEMORY_PROBE = """
+import sys, torch
+from pathlib import Path
+from model.checkpoints import load_sd3_transformer
+from model.swin_mmdit import SD3_MEDIUM, TINY, SwinMMDiT
+from dataclasses import replace
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+config = replace(SD3_MEDIUM, num_layers=3, num_heads=12)
+SwinMMDiT.create(TINY, "cpu", torch.float32)  # what a first call loads for good
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts again here
+model = SwinMMDiT.create(config, "cpu", torch.float32)
+if len(sys.argv) > 1:
+    load_sd3_transformer(model, sys.argv[1])
+print((status("VmHWM") - before) / sum(p.nbytes for p in model.parameters()))
+"""
+
+
+class TestMemory:
+    """A model is made in its place: nothing is ever there twice."""
+
+    def peak(self, *arguments: str) -> float:
+        """Peak memory of making (and loading) a model in a fresh process, over its parameters' bytes."""
+        command = [sys.executable, "-c", MEMORY_PROBE, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+        return float(done.stdout)
+
+    def test_making(self):
+        assert 0.95 < self.peak() < 1.1
+
+    def test_starting_from_sd3(self, tmp_path):
+        config = replace(SD3_MEDIUM, num_layers=3, num_heads=12)
+        save_file(sd3_transformer(config).state_dict(), tmp_path / "sd3.safetensors")
+        assert 0.95 < self.peak(str(tmp_path / "sd3.safetensors")) < 1.25
+
+
 def test_inference_first_then_training():
     """Tables cached under inference_mode must serve a backward pass later."""
     model, inputs = random_model(TINY), random_inputs(TINY, [(2, 14, 6)], [5])
@@ -257,9 +318,37 @@ def test_full_size():
 
 
 def test_config_says_which_window_does_not_fit():
-    with pytest.raises(ValueError, match="window extent 7"):
-        SwinMMDiT(replace(TINY, windows=((1, 7, 8),)))
+    for extent in (7, 0, -2):
+        with pytest.raises(ValueError, match=f"model.windows: extent {extent}"):
+            replace(TINY, windows=((1, extent, 8),))
+    with pytest.raises(ValueError, match="at least one"):
+        replace(TINY, shifted=())
     assert pickle.loads(pickle.dumps(TINY)) == TINY
+
+
+@pytest.mark.parametrize("t", [1, 3, 5])
+@pytest.mark.parametrize("side", [32, 64, "full"])
+def test_the_windows_of_table_4(t, side):
+    """The paper's ablation at its own sizes: 13 frames of 720p, layer by layer."""
+    config = replace(SD3_MEDIUM, windows=((t, side, side),))
+    regular, shifted = (
+        layer.rule((13, 45, 80), layer.window, layer.shifted) for layer in config.layer_windows()[:2]
+    )
+    half = 0 if side == "full" else side // 4
+    expected = [] if side == "full" else list(range(side // 2, 45, side // 2))
+    assert sorted({h.start for _, h, _ in regular}) == [0, *expected]
+    assert sorted({h.start for _, h, _ in shifted}) == ([0, *range(half, 45, side // 2)] if half else [0])
+    assert {f.start for f, _, _ in regular} == set(range(0, 13, t))
+    assert {f.start for f, _, _ in shifted} == {0, *range(t // 2, 13, t)}
+
+
+def test_windows_differ_by_layer():
+    config = replace(TINY, windows=((1, 8, 8), (2, "full", 4)), shifted=(True, False, False))
+    layers = config.layer_windows()
+    assert [layer.window for layer in layers] == [(1, 4, 4), (2, "full", 2)] * 2
+    assert [layer.shifted for layer in layers] == [True, False, False, True]
+    with torch.no_grad():
+        assert random_model(config)(**random_inputs(config, [(3, 10, 14)], [4])).isfinite().all()
 
 
 def test_patch_order_is_row_then_column_then_channel():

@@ -52,6 +52,16 @@ def test_clip_states_are_those_before_the_last_layer(encoders):
     assert torch.equal(before.clip_g, after.clip_g) and not torch.allclose(before.pooled_g, after.pooled_g)
 
 
+def test_clip_states_are_not_normalised(encoders):
+    """SD3 takes the residual stream itself after the last layer but one: written out."""
+    tower = encoders.clip_g
+    tokens = encoders.clip_tokenizer(["a cat"])[:, :4]
+    x = tower.token_embedding(tokens) + tower.positional_embedding[:4]
+    for layer in tower.transformer.resblocks[:-1]:
+        x = layer(x, attn_mask=tower.attn_mask[:4, :4])
+    assert torch.allclose(encoders.encode(["a cat"])[0].clip_g, x[0], atol=1e-5)
+
+
 def test_clip_agrees_with_open_clip_itself(encoders):
     tower = encoders.clip_l
     tokens = encoders.clip_tokenizer(["two boats, seen from above"])

@@ -1,5 +1,8 @@
 """Layers on bands of rows: the same numbers as on whole frames, whatever the band."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 
@@ -35,18 +38,50 @@ def random_video(batch: int, frames: int, height: int, width: int) -> torch.Tens
     return torch.rand(batch, 3, frames, height, width, generator=generator, dtype=torch.float64) * 2 - 1
 
 
+def check_bands(autoencoder: CausalVideoAutoencoder, frames: int, slice_frames: int, **bands: Any) -> None:
+    video = random_video(2, frames, 44, 40)
+    whole = autoencoder.encode(video)[0]
+    banded = [mean for mean, _ in autoencoder.encode_stream([video], slice_frames, **bands)]
+    assert (torch.cat(banded, dim=2) - whole).abs().max() <= 1e-10
+    decoded = autoencoder.decode(autoencoder.to_latent(whole, whole, None), frames, 44, 40)
+    latent = autoencoder.to_latent(whole, whole, None)
+    in_bands = list(autoencoder.decode_stream([latent], frames, 44, 40, slice_frames, **bands))
+    assert (torch.cat(in_bands, dim=2) - decoded).abs().max() <= 1e-10
+
+
 @pytest.mark.parametrize("frames", [1, 3, 13])
 @pytest.mark.parametrize("band_pixels", [1, 100, 333, 10**6])
 def test_bands_change_nothing(autoencoder, frames, band_pixels):
-    video = random_video(2, frames, 44, 40)
-    whole = torch.cat([mean for mean, _ in autoencoder.encode_stream([video], 4)], dim=2)
-    banded = torch.cat(
-        [mean for mean, _ in autoencoder.encode_stream([video], 4, band_pixels=band_pixels)], dim=2
-    )
-    assert (banded - whole).abs().max() <= 1e-10
-    decoded = torch.cat(list(autoencoder.decode_stream([whole], frames, 44, 40, 4)), dim=2)
-    in_bands = list(autoencoder.decode_stream([whole], frames, 44, 40, 4, band_pixels=band_pixels))
-    assert (torch.cat(in_bands, dim=2) - decoded).abs().max() <= 1e-10
+    check_bands(autoencoder, frames, 4, band_pixels=band_pixels)
+
+
+@pytest.mark.parametrize("slice_frames", [4, 8, 16])
+def test_bands_change_nothing_whatever_the_slice(autoencoder, slice_frames):
+    check_bands(autoencoder, 18, slice_frames, band_pixels=200, tails_on_host=True)
+
+
+@pytest.mark.parametrize("time_halvings", [0, 1, 3])
+def test_bands_change_nothing_whatever_the_frame_rates(time_halvings):
+    torch.manual_seed(1)
+    config = dataclasses.replace(CONFIG, time_halvings=time_halvings)
+    check_bands(CausalVideoAutoencoder(config).double().eval(), 11, 8, band_pixels=150)
+
+
+def test_bands_in_half_precision_are_as_near_as_whole_frames():
+    torch.manual_seed(0)
+    single = CausalVideoAutoencoder(CONFIG).eval()
+    video = random_video(1, 9, 40, 48).float()
+    latent = single.to_latent(single.encode(video)[0], video, None)
+    exact = single.decode(latent, 9, 40, 48)
+    half = single.to(torch.bfloat16)
+    errors = []
+    for band_pixels in (None, 300):
+        pieces = half.decode_stream([latent.bfloat16()], 9, 40, 48, 4, band_pixels=band_pixels)
+        decoded = torch.cat(list(pieces), dim=2)
+        assert decoded.dtype == torch.bfloat16
+        errors.append((decoded.float() - exact).square().mean().sqrt())
+    assert errors[0] < 0.05 * exact.std()
+    assert errors[1] <= 1.1 * errors[0]
 
 
 def test_bands_may_change_between_slices(autoencoder):

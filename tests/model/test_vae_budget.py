@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from model.vae import AutoencoderConfig
-from model.vae.budget import CHOICES, plan_stream, stream_values
+from model.vae import FULL_CONFIG, AutoencoderConfig
+from model.vae.budget import CHOICES, plan_stream, stream_values, tail_values
 
 CONFIG = AutoencoderConfig(
     widths=(16, 32, 64, 64),
@@ -21,22 +21,43 @@ CONFIG = AutoencoderConfig(
 )
 
 
-def needed_gib(choice: tuple[int, int | None]) -> float:
-    return stream_values(CONFIG, 512, 512, *choice) * 4 / 2**30
+def needed_gib(choice: tuple[int, int | None], tails_on_host: bool = False) -> float:
+    return stream_values(CONFIG, 512, 512, *choice, tails_on_host) * 4 / 2**30
 
 
 def test_each_choice_needs_less_than_the_one_before():
-    needs = [needed_gib(choice) for choice in CHOICES]
-    assert needs == sorted(needs, reverse=True)
-    assert needs[-1] < 0.5 * needs[0]
+    for on_host in (False, True):
+        needs = [needed_gib(choice, on_host) for choice in CHOICES]
+        assert needs == sorted(needs, reverse=True)
+        assert needs[-1] < 0.3 * needs[0]
+    assert needed_gib(CHOICES[-1], tails_on_host=True) < 0.6 * needed_gib(CHOICES[-1])
 
 
 def test_the_plan_is_the_fastest_that_fits():
-    for budget_gib in (10.0, 1.0, needed_gib(CHOICES[4]) + 1e-6):
+    for budget_gib in (10.0, 1.0, needed_gib(CHOICES[5]) + 1e-6):
         plan = plan_stream(CONFIG, 512, 512, budget_gib)
-        assert plan.expected_gib <= budget_gib
+        assert plan.expected_gib <= budget_gib and not plan.tails_on_host
         chosen = CHOICES.index((plan.slice_frames, plan.band_pixels))
         assert all(needed_gib(faster) > budget_gib for faster in CHOICES[:chosen])
+
+
+def test_memory_goes_to_the_host_only_where_nothing_else_fits():
+    smallest = needed_gib(CHOICES[-1])
+    assert not plan_stream(CONFIG, 512, 512, smallest + 1e-6, host=True).tails_on_host
+    plan = plan_stream(CONFIG, 512, 512, smallest - 1e-6, host=True)
+    assert plan.tails_on_host and plan.expected_gib < smallest
+    assert 0 < plan.host_gib <= tail_values(CONFIG, 512, 512) * 4 / 2**30
+    with pytest.raises(ValueError, match="at least"):
+        plan_stream(CONFIG, 512, 512, smallest - 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "card_gib", "on_host"),
+    [(720, 1280, 24, False), (1080, 1920, 22.5, False), (2160, 3840, 22.5, True)],
+)
+def test_the_full_model_fits_a_24_gb_card(height, width, card_gib, on_host):
+    plan = plan_stream(FULL_CONFIG, height, width, card_gib, bytes_per_value=2, host=True)
+    assert plan.tails_on_host is on_host
 
 
 def test_half_precision_needs_half():
@@ -50,39 +71,37 @@ def test_a_budget_below_the_smallest_choice_says_what_is_needed():
 
 
 MEASURE = """
-import sys, threading, time
+import sys
 import torch
 sys.path.insert(0, {root!r})
+from benchmarks.memory import reset_peak, status_bytes
 from model.vae import AutoencoderConfig, CausalVideoAutoencoder
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
 
 torch.set_grad_enabled(False)
 torch.set_num_threads(1)
 vae, size, plan = CausalVideoAutoencoder({config!r}), 256, dict(slice_frames=4, band_pixels={band_pixels})
-latents = lambda frames, size: (torch.randn(1, 16, 1, size // 8, size // 8) for _ in range(frames // 4 + 1))
-list(vae.decode_stream(latents(5, 64), 5, 64, 64, **plan))
-start, peak, done = resident(), [0], threading.Event()
 
-def watch():
-    while not done.is_set():
-        peak[0] = max(peak[0], resident())
-        time.sleep(0.002)
 
-watcher = threading.Thread(target=watch)
-watcher.start()
-for _ in vae.decode_stream(latents({frames}, size), {frames}, size, size, **plan):
+def stream(frames, size):
+    if {direction!r} == "encode":
+        return vae.encode_stream((torch.rand(1, 3, 1, size, size) for _ in range(frames)), **plan)
+    latents = (torch.randn(1, 16, 1, size // 8, size // 8) for _ in range(frames // 4 + 1))
+    return vae.decode_stream(latents, frames, size, size, **plan)
+
+
+list(stream(5, 64))
+start = reset_peak()
+for _ in stream({frames}, size):
     pass
-done.set()
-watcher.join()
-print(peak[0] - start)
+print(status_bytes("VmHWM") - start)
 """
 
 
-def measured_bytes(frames: int, band_pixels: int | None) -> int:
+def measured_bytes(direction: str, frames: int, band_pixels: int | None) -> int:
     root = str(Path(__file__).parents[2])
-    script = MEASURE.format(root=root, config=CONFIG, band_pixels=band_pixels, frames=frames)
+    script = MEASURE.format(
+        root=root, config=CONFIG, band_pixels=band_pixels, frames=frames, direction=direction
+    )
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -90,10 +109,14 @@ def measured_bytes(frames: int, band_pixels: int | None) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_stream_takes_what_the_plan_says_and_no_more_when_longer():
     for band_pixels in (None, 4096):
         expected = stream_values(CONFIG, 256, 256, 4, band_pixels) * 4
-        short, long = measured_bytes(9, band_pixels), measured_bytes(33, band_pixels)
+        short, long = (measured_bytes("decode", frames, band_pixels) for frames in (9, 33))
         assert 0.5 * expected <= short <= 1.1 * expected
         assert long <= 1.15 * short
+
+
+@pytest.mark.slow
+def test_encoding_a_longer_video_takes_no_more():
+    assert measured_bytes("encode", 49, None) <= 1.15 * measured_bytes("encode", 9, None)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline import media, schema, storage
+from pipeline.filter import SELECTION_FILE
 
 MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
 
@@ -36,10 +37,10 @@ def make_data_root(root: Path, train: list[str], held_out: list[str], frames: in
             )
             selection.append({"clip_id": clip_id, "keep": True, "split": split})
     url = f"file://{root}"
-    for table, table_schema, rows in (
-        (schema.CLIPS, schema.CLIPS_SCHEMA, clips),
-        (schema.SELECTION, schema.SELECTION_SCHEMA, selection),
+    for table, file, table_schema, rows in (
+        (schema.CLIPS, "part-0.parquet", schema.CLIPS_SCHEMA, clips),
+        (schema.SELECTION, SELECTION_FILE, schema.SELECTION_SCHEMA, selection),
     ):
         data = pa.Table.from_pylist(rows, schema=table_schema)
-        storage.write_table(storage.join(url, table, "part-0.parquet"), [data], table_schema)
+        storage.write_table(storage.join(url, table, file), [data], table_schema)
     return url

@@ -1,78 +1,8 @@
 import dataclasses
 
-import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from pipeline import batches, schema
-
-SIZES = [(1, 64, 64), (5, 64, 64), (9, 96, 96), (13, 128, 128)]
-
-
-def index(count: int) -> list[dict]:
-    return [
-        {
-            "sample_id": schema.stable_id(i),
-            "bucket": "x".join(map(str, SIZES[i % 4])),
-            "video_tokens": schema.video_tokens(*SIZES[i % 4]),
-        }
-        for i in range(count)
-    ]
-
-
-def take(stream, steps, packs_per_step=4, budget=600, position=0):
-    taken = []
-    for _ in range(steps):
-        packs, position = batches.pack_step(stream, position, packs_per_step, budget)
-        taken.append(packs)
-    return taken, position
-
-
-def test_every_sample_comes_once_in_each_epoch_and_nothing_is_dropped():
-    rows = index(37)
-    stream = batches.SampleStream(rows, seed=3)
-    steps, position = take(stream, 12)
-    drawn = sorted(
-        ((one.epoch, one.row["sample_id"]) for packs in steps for pack in packs for one in pack),
-    )
-    assert len(drawn) == position
-    for epoch in range(position // len(rows)):
-        assert sorted(i for e, i in drawn if e == epoch) == sorted(row["sample_id"] for row in rows)
-    assert len(set(drawn)) == len(drawn)
-
-
-def test_epochs_and_seeds_give_other_orders():
-    rows = index(50)
-    stream = batches.SampleStream(rows, seed=3)
-    first = [stream[i].row["sample_id"] for i in range(50)]
-    second = [stream[50 + i].row["sample_id"] for i in range(50)]
-    other = batches.SampleStream(rows, seed=4)
-    assert first != second
-    assert first != [other[i].row["sample_id"] for i in range(50)]
-
-
-def test_resuming_at_a_step_gives_the_steps_that_would_have_followed():
-    rows = index(41)
-    undisturbed, _ = take(batches.SampleStream(rows, seed=1), 10)
-    _, position = take(batches.SampleStream(rows, seed=1), 4)
-    resumed, _ = take(batches.SampleStream(list(reversed(rows)), seed=1), 6, position=position)
-    assert resumed == undisturbed[4:]
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 60), st.integers(1, 6), st.integers(256, 2000), st.integers(0, 9))
-def test_packs_are_never_empty_nor_above_the_budget(count, packs, budget, seed):
-    steps, _ = take(batches.SampleStream(index(count), seed), 5, packs, budget)
-    for step in steps:
-        loads = [sum(one.tokens for one in pack) for pack in step]
-        assert min(loads) > 0 and max(loads) <= budget
-        assert max(loads) - min(loads) <= max(one.tokens for pack in step for one in pack)
-
-
-def test_a_budget_below_the_largest_sample_is_one_clear_error():
-    with pytest.raises(ValueError, match=r"stages\.big: tokens_per_pack is 100.*13x128x128.*256 tokens"):
-        batches.check_budget(index(8), 100, "big")
+from pipeline import batches
 
 
 def fake_batch(shapes, target) -> batches.Batch:
@@ -86,6 +16,7 @@ def fake_batch(shapes, target) -> batches.Batch:
         text_lengths=[1] * len(shapes),
         timestep=torch.zeros(len(shapes)),
         sample_ids=["a"] * len(shapes),
+        buckets=["b"] * len(shapes),
     )
 
 

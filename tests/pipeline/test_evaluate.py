@@ -6,11 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from model.checkpoints import load_clip
+from model.quality.clip_iqa import ClipIQA
 from pipeline import encoding, evaluate, evaluate_tables, media, storage
 from pipeline.evaluate import CEILING, METRICS, EvaluateConfig
 from pipeline.scores import full_reference
+from pipeline.scores.perceptual import LearnedMetrics
 from tests.pipeline import tiny_models
+from tests.pipeline.test_learned_scores import RN, tiny_clip
 
 MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
 
@@ -18,7 +24,7 @@ MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
 def save(path: Path, frames: list[np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width = frames[0].shape[:2]
-    with encoding.VideoWriter(str(path), Fraction(25), width, height, lossless=True) as out:
+    with encoding.VideoWriter(str(path), Fraction(25), width, height, codec="ffv1") as out:
         for frame in frames:
             out.write(frame)
 
@@ -50,7 +56,7 @@ def result(truth, tmp_path_factory, local_ray) -> dict:
         reconstruct_with=tiny_models.save_vae(root / "vae"),
     )
     evaluate.run(config)
-    for ending in ("md", "html"):
+    for ending in ("md", "html", "tex"):
         assert "PSNR" in (root / "out" / f"evaluation.{ending}").read_text()
     text = storage.read_bytes(f"file://{root}/out/evaluation.json").decode()
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -105,7 +111,8 @@ def test_the_autoencoders_reconstruction_is_a_method(result):
 def test_the_protocol_says_how(result):
     protocol = result["protocol"]
     assert protocol["border_px"] == 0 and protocol["frames"] == {"every": 1, "max_frames": None}
-    assert {"psnr", "ssim", "niqe", "truth"} <= set(protocol)
+    assert {"psnr", "ssim", "niqe", "truth"} <= set(protocol) and protocol["weights"] == {}
+    assert protocol["left out"].startswith("left out: no weights for lpips, dists, musiq, clip_iqa, dover")
 
 
 def test_frames_used_and_enlarging(truth, tmp_path):
@@ -125,12 +132,57 @@ def test_frames_used_and_enlarging(truth, tmp_path):
     assert 15 < scores["psnr_y"] < 45
 
 
-def test_without_truth_only_niqe(truth, tmp_path):
+def test_image_sequences_are_clips_and_a_damaged_frame_is_one_line(truth, tmp_path):
+    for folder in ("truth", "whole", "cut", "short"):
+        (tmp_path / folder / "clip").mkdir(parents=True)
+        for index, frame in enumerate(truth):
+            Image.fromarray(frame).save(tmp_path / folder / "clip" / f"{index}.png")
+    (tmp_path / "whole" / "_preview").mkdir()
+    Image.fromarray(truth[0]).save(tmp_path / "whole" / "_preview" / "x.jpg")  # bookkeeping of restore
+    damaged = tmp_path / "cut" / "clip" / "3.png"
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    (tmp_path / "short" / "clip" / "4.png").unlink()
+    config = EvaluateConfig(
+        methods={name: f"file://{tmp_path}/{name}" for name in ("whole", "cut", "short")},
+        output=f"file://{tmp_path}/out",
+        truth=f"file://{tmp_path}/truth",
+        sequences=True,
+    )
+    measure = evaluate.Measure(config)
+    rows = {row["method"]: measure(row)["result"] for row in evaluate.plan_rows(config)}
+    assert rows["whole"]["frames"] == 5 and rows["whole"]["error"] is None
+    assert rows["whole"]["warping_error"] >= 0 and rows["whole"]["ssim_y"] == pytest.approx(1)
+    assert "cut/clip: 3.png: the image cannot be decoded" in rows["cut"]["error"]
+    assert "short/clip: it has 4 frames, the truth has more" in rows["short"]["error"]
+
+
+def test_without_truth_only_what_needs_none(truth, tmp_path):
     save(tmp_path / "real" / "a.mkv", truth)
     config = EvaluateConfig(methods={"real": f"file://{tmp_path}/real"}, output=f"file://{tmp_path}/out")
     (row,) = evaluate.plan_rows(config)
     scores = evaluate.Measure(config)(row)["result"]
     assert scores["niqe"] is not None and scores["psnr_rgb"] is None and scores["error"] is None
+    assert scores["warping_error"] > 0
+
+
+def test_a_metric_with_weights_is_a_column(truth, tmp_path):
+    save(tmp_path / "real" / "a.mkv", truth)
+    clip_iqa = tiny_clip(tmp_path / "rn", 32, RN, seed=1)
+    config = EvaluateConfig(
+        methods={"real": f"file://{tmp_path}/real"},
+        output=f"file://{tmp_path}/out",
+        learned=LearnedMetrics(clip_iqa=clip_iqa),
+        every=2,
+    )
+    assert config.metrics == (*METRICS[:5], "clip_iqa", "warping_error")
+    (row,) = evaluate.plan_rows(config)
+    scores = evaluate.Measure(config)(row)["result"]
+    network = ClipIQA(load_clip(clip_iqa))
+    expected = [network.score(torch.from_numpy(frame)) for frame in truth[::2]]
+    assert scores["clip_iqa"] == pytest.approx(np.mean(expected), abs=1e-6) and scores["frames"] == 3
+    about = evaluate.protocol(config)
+    assert about["weights"]["clip_iqa"]["weights"] == clip_iqa and about["weights"]["clip_iqa"]["sha256"]
+    assert "clip_iqa" not in about["left out"]
 
 
 def test_means_standard_errors_and_marks():

@@ -1,9 +1,12 @@
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from pipeline import filter as filter_stage
-from pipeline import schema, storage
+from pipeline import schema, score_page, storage
 from pipeline import selection as select
 from pipeline.filter import FilterConfig, Threshold
 from pipeline.scores import technical
@@ -38,6 +41,31 @@ def test_scores_answer_to_what_they_are_named_after():
     assert technical.clipped_share(np.full((50, 50), 255, np.uint8)) == 1
 
 
+def test_clips_of_a_source_that_share_a_decode_score_as_each_alone(tmp_path):
+    from tests.pipeline.test_media import encode, moving_picture
+
+    path = encode(tmp_path / "film.mp4", "libx264", "yuv420p", {"g": "20"}, frames=moving_picture(70))
+    common = {"uri": f"file://{path}", "media": "video", "time_base": "1/12800", "width": 256, "height": 144}
+    spans = ((0, 20), (20, 40), (45, 60), (60, 70))  # one is left out between them, as a short shot is
+    clips = [
+        schema.empty_row(
+            schema.CLIPS_SCHEMA, clip_id=f"c{first}", start_pts=first * 512, end_pts=last * 512, **common
+        )
+        | {"num_frames": last - first}
+        for first, last in spans
+    ]
+    scoring = FilterConfig(data="/x", thresholds={})
+    alone = [filter_stage.score_clips([clip], scoring)[0] for clip in clips]
+    assert all(row["error"] is None and row["motion"] > 0 for row in alone)
+    order = [2, 0, 3, 1]
+    assert filter_stage.score_clips([clips[i] for i in order], scoring) == [alone[i] for i in order]
+    # One that does not decode leaves its neighbours alone.
+    clips[1] = dict(clips[1], num_frames=25)
+    rows = filter_stage.score_clips(clips, scoring)
+    assert rows[1]["error"] == "only 20 of the clip's 25 frames decode"
+    assert [row for i, row in enumerate(rows) if i != 1] == [row for i, row in enumerate(alone) if i != 1]
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, local_ray) -> str:
     root = tmp_path_factory.mktemp("data")
@@ -49,8 +77,6 @@ def data(tmp_path_factory, local_ray) -> str:
     twin = dict(clips[0], clip_id="zz_twin", source_id="elsewhere")
     unread = schema.empty_row(schema.CLIPS_SCHEMA, clip_id="unread", source_id="x", uri="x", error="no video")
     rows = [{**row, "phash": f"{schema.stable_hash(row['uri']):016x}"} for row in [*clips, broken, twin]]
-    import pyarrow as pa
-
     table = pa.Table.from_pylist([*rows, unread], schema=schema.CLIPS_SCHEMA)
     storage.write_table(file, [table], schema.CLIPS_SCHEMA)
     return url
@@ -73,7 +99,7 @@ def test_every_clip_has_scores_and_a_decision(data):
     assert len(rows) == summary.rows_in == 8
     assert rows["unread"]["reject_reason"] == "error: no video"
     assert rows["broken"]["reject_reason"].startswith("error: ") and not rows["broken"]["keep"]
-    clips = {row["clip_id"]: row for row in filter_stage.read_clips(data)}
+    clips = {row["clip_id"]: row for row in filter_stage.iterate_clips(data)}
     names = {i: clips[i]["uri"].rsplit("/", 1)[-1] for i in rows}
     cups = sorted(i for i in rows if names[i] == "cup.mp4")
     assert [rows[i]["keep"] for i in cups] == [True, False]
@@ -112,9 +138,35 @@ def test_unknown_scores_are_named(data):
 def test_duplicates_are_found_at_the_stated_distance_only():
     base = 0x0123456789ABCDEF
     values = [base, base ^ 0b111, base ^ (1 << 63 | 1 << 40 | 0b1100), ~base & (2**64 - 1), base]
-    hashes: list[str | None] = [f"{value:016x}" for value in values]
-    assert select.duplicate_groups([*hashes, None], 3) == [[0, 1, 4]]
-    assert select.duplicate_groups(hashes, 0) == [[0, 4]]
+    hashes = np.array(values, np.uint64)
+
+    def groups(distance: int) -> list[list[int]]:
+        labels = select.duplicate_labels(hashes, distance)
+        return [g.tolist() for g in (np.flatnonzero(labels == n) for n in np.unique(labels)) if len(g) > 1]
+
+    assert groups(3) == [[0, 1, 4]] and groups(0) == [[0, 4]]
+
+
+def test_banded_search_finds_what_comparing_all_pairs_finds():
+    draw = np.random.default_rng(5)
+    hashes = draw.integers(0, 2**64, 400, dtype=np.uint64)
+    for _ in range(800):  # chains of hashes a few bits apart, some at 4 bits
+        flips = np.uint64(sum(1 << int(bit) for bit in draw.choice(64, draw.integers(1, 5), replace=False)))
+        hashes = np.append(hashes, draw.choice(hashes) ^ flips)
+    near = np.bitwise_count(hashes[:, None] ^ hashes[None]) <= 3
+    _, expected = connected_components(coo_array(near), directed=False)
+    found = select.duplicate_labels(hashes, 3)
+    assert len({*zip(expected, found, strict=True)}) == len({*expected}) == len({*found})
+
+
+def decisions(clips: list[dict], scores: list[dict], held_out: list[str], share: float = 0.0) -> list[dict]:
+    """Rows of selection/ for rows of clips/ and scores/."""
+    table = pa.Table.from_pylist(clips, schema=schema.CLIPS_SCHEMA)
+    state = select.Clips({}, held_out, {})
+    state.add(table)
+    state.close()
+    state.judge(pa.Table.from_pylist(scores, schema=schema.scores_schema([])))
+    return select.rows(state, select.decide(state, 3, share), 0, table)
 
 
 def test_a_held_out_shot_takes_its_twins_along():
@@ -124,13 +176,44 @@ def test_a_held_out_shot_takes_its_twins_along():
     }
     two = dict(one, clip_id="2", uri="file:///x/copy.mp4", source_id="t")
     other = dict(one, clip_id="3", start_s=14.0, phash="ffff000000000000")
-    fine = {i: {"error": None} for i in "123"}
+    fine = [{"clip_id": i, "error": None} for i in "123"]
 
     def sides(*held_out: str) -> list[str]:
-        return [row["split"] for row in select.select([one, two, other], fine, {}, 3, list(held_out), 0.0)]
+        return [row["split"] for row in decisions([one, two, other], fine, list(held_out))]
 
     assert sides("film.mp4@9-14") == ["held_out", "held_out", "train"]
     assert sides("copy.mp4") == ["held_out"] * 3  # twins make one unit of both sources
     assert sides("unknown.mp4") == ["train"] * 3
     with pytest.raises(ValueError, match=r"held_out: 'film\.mp4@20-12'"):
         FilterConfig(data="file:///x", thresholds={}, held_out=["film.mp4@20-12"])
+
+
+def test_a_share_is_held_out_by_source_whatever_else_is_there():
+    clips = [
+        schema.empty_row(
+            schema.CLIPS_SCHEMA, clip_id=f"c{i}", source_id=f"s{i // 3}", uri=f"file:///x/{i // 3}.mp4"
+        )
+        for i in range(600)
+    ]
+    fine = [{"clip_id": clip["clip_id"], "error": None} for clip in clips]
+    sides = {row["clip_id"]: row["split"] for row in decisions(clips, fine, [], share=0.2)}
+    assert 80 < sum(side == "held_out" for side in sides.values()) < 160
+    assert all(len({sides[f"c{3 * i + k}"] for k in range(3)}) == 1 for i in range(200))
+    fewer = {row["clip_id"]: row["split"] for row in decisions(clips[300:], fine, [], share=0.2)}
+    assert all(sides[clip_id] == side for clip_id, side in fewer.items())
+
+
+def test_the_page_tells_what_each_threshold_cuts():
+    """Of 60,000 clips, counted exactly, drawn from a sample; a score that no clip has is left out."""
+    spread = score_page.Spread("mean luma", Threshold(min=10.0, max=55_000.0))
+    for first in range(0, 60_000, 7_000):
+        spread.add(np.arange(first, min(first + 7_000, 60_000), dtype=float))
+    spread.add(np.array([np.nan, np.inf]))
+    assert (spread.clips, spread.below, spread.above) == (60_000, 10, 4_999)
+    assert len(spread.sample) <= 20_000 and np.median(spread.sample) == pytest.approx(30_000, rel=0.01)
+    missing = score_page.Spread("nothing", Threshold())
+    shown = score_page.page({"exposure": spread, "musiq": missing}, {"exposure too low": 10}, 60_000, 54_991)
+    assert "10 cuts 10 (0.0%)" in shown and "55000 cuts 4,999 (8.3%)" in shown
+    assert "exposure too low" in shown and "54,991 kept" in shown
+    assert shown.count("<svg") == 1 and "musiq" not in shown
+    assert shown.count("stroke=") == 2  # a red line for each end

@@ -1,11 +1,14 @@
 """Every file below the input is accounted for in clips/, whatever it is; running again only adds."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -104,7 +107,7 @@ def test_clips_do_not_depend_on_where_the_input_lies(tmp_path):
         (tmp_path / place / "sub").mkdir(parents=True)
         (tmp_path / place / "sub" / "a.mp4").write_bytes(b"x")
     listed = [
-        ingest.list_sources(IngestConfig(input=str(tmp_path / place), output="/data"))[0]
+        list(ingest.list_sources(IngestConfig(input=str(tmp_path / place), output="/data")))
         for place in ("here", "there")
     ]
     assert listed[0][0]["source_id"] == listed[1][0]["source_id"]
@@ -112,7 +115,10 @@ def test_clips_do_not_depend_on_where_the_input_lies(tmp_path):
 
 def scan(path: str, **changes) -> list[dict]:
     cutting = IngestConfig(input="/x", output="/y", **changes).cutting
-    return list(shots.scan(path, cutting, 2**26))[-1]["clips"]
+    probe = media.probe(path)
+    source = shots.Source(probe.coded_size, probe.fps, probe.time_base)
+    frames = np.concatenate([part["frames"] for part in shots.scan(path, 2**26, source)])
+    return shots.cut(frames, cutting, source)
 
 
 def test_shots_are_cut_where_the_picture_changes_and_to_length(tmp_path):
@@ -127,6 +133,116 @@ def test_shots_are_cut_where_the_picture_changes_and_to_length(tmp_path):
     first = clips[0]
     assert first["num_frames"] <= 45 and clips[-1]["num_frames"] <= 45  # nothing spans the black
     assert first["start_pts"] == 0 and not first["vfr"] and first["fps"] == 25
+
+
+@pytest.mark.slow
+def test_a_source_scanned_in_spans_gives_the_clips_of_one_pass(local_ray, tmp_path):
+    (tmp_path / "in").mkdir()
+    os.link(ROOT / "demo/media/trailer_bbb.mp4", tmp_path / "in/film.mp4")
+    settings = {"input": str(tmp_path / "in"), "output": str(tmp_path / "out"), "max_clip_frames": 49}
+    made = {}
+    for segment_s in (300.0, 19.0, 11.0, 4.5):
+        config = IngestConfig(**settings, segment_s=segment_s)
+        (source,) = ingest.list_sources(config)
+        made[segment_s] = ingest.ingest_source(source, config, ingest._sandbox(config))
+    assert len(made[300.0]) > 20 and made[300.0][0]["error"] is None
+    for segment_s, rows in made.items():
+        assert rows == made[300.0], f"{segment_s} s"
+    # Spans are kept until the clips are written: after a kill they are not scanned again.
+    probe = media.probe(str(tmp_path / "in/film.mp4"))
+    about = shots.Source(probe.coded_size, probe.fps, probe.time_base)
+    begins = shots.spans(probe.start_pts, probe.duration_s, 11.0, probe.time_base)
+    config = IngestConfig(**settings, segment_s=11.0)
+    (tmp_path / "in/film.mp4").unlink()
+    assert ingest.scan_span(source, about, begins[1], begins[2], config) is not None
+
+
+def test_spans_that_disagree_where_they_overlap_are_not_joined(tmp_path):
+    path = encode(tmp_path / "a.mp4", "libx264", "yuv420p", {"g": "25"}, frames=moving_picture(150, 96, 128))
+    probe = media.probe(path)
+    about = shots.Source(probe.coded_size, probe.fps, probe.time_base)
+    ticks = round(3 / probe.time_base)
+
+    def frames(*span: int | None) -> np.ndarray:
+        return np.concatenate([part["frames"] for part in shots.scan(path, 2**26, about, *span)])
+
+    parts = [frames(None, ticks), frames(ticks - round(2 / probe.time_base), None)]
+    joined = shots.join(parts, [0, ticks], probe.time_base)
+    assert joined is not None and np.array_equal(joined, frames())
+    parts[1]["stamp"] += 1
+    assert shots.join(parts, [0, ticks], probe.time_base) is None
+
+
+MANIFESTS = {
+    "webvid.csv": "videoid,contentUrl,duration,page_dir,name\n1066,https://x/1.mp4,PT0M10S,000_050,A cup\n",
+    "openvid.csv": "video,caption,aesthetic score,fps,seconds\n000_050/1066.mp4,A cup,4.9,25,3.2\n",
+    "plain.tsv": "path\ttext\tlicense\n./000_050/1066.mp4\tA cup\tCC0\n",
+    "table.parquet": "",
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_manifests_name_the_files_and_carry_the_captions(name, tmp_path):
+    (tmp_path / "in/000_050").mkdir(parents=True)
+    encode(tmp_path / "in/000_050/1066.mp4", "libx264", "yuv420p", {}, frames=moving_picture(12, 96, 128))
+    encode(tmp_path / "in/unnamed.mp4", "libx264", "yuv420p", {}, frames=moving_picture(2, 96, 128))
+    manifest = tmp_path / name
+    if name.endswith(".parquet"):
+        storage.write_table(
+            f"file://{manifest}",
+            [pa.table({"path": ["000_050/1066.mp4"], "caption": ["A cup"], "score": [1.0]})],
+            pa.schema([("path", pa.string()), ("caption", pa.string()), ("score", pa.float64())]),
+        )
+    else:
+        manifest.write_text(MANIFESTS[name])
+    config = IngestConfig(input=str(tmp_path / "in"), output=str(tmp_path / "out"), manifest=str(manifest))
+    (source,) = ingest.list_sources(config)
+    (row,) = ingest.ingest_source(source, config, ingest._sandbox(config))
+    assert row["error"] is None and row["num_frames"] == 12 and row["caption"] == "A cup"
+    assert row["license"] == ("CC0" if name == "plain.tsv" else None)
+    by_search = list(ingest.list_sources(IngestConfig(input=str(tmp_path / "in"), output="/out")))
+    assert source["source_id"] in {other["source_id"] for other in by_search}  # the same clip either way
+
+
+def test_what_a_manifest_names_wrongly_is_an_error_row(tmp_path):
+    manifest = tmp_path / "files.csv"
+    (tmp_path / "secret.mp4").write_text("x")
+    (tmp_path / "in").mkdir()
+    manifest.write_text("file_name,caption\ngone.mp4,\n../secret.mp4,\n")
+    config = IngestConfig(input=str(tmp_path / "in"), output=str(tmp_path / "out"), manifest=str(manifest))
+    errors = [
+        ingest.ingest_source(source, config, ingest._sandbox(config))[0]["error"]
+        for source in ingest.list_sources(config)
+    ]
+    assert errors == ["there is no such file", "its path leads out of the input folder"]
+    manifest.write_text("name,caption\na,b\n")
+    with pytest.raises(ValueError, match=r"manifest: .* its columns are name, caption"):
+        list(ingest.list_sources(config))
+
+
+def test_interlaced_and_squeezed_pictures_and_sound_alone_are_told(tmp_path):
+    def squeeze(stream) -> None:
+        stream.sample_aspect_ratio = media.Fraction(4, 3)
+        stream.codec_context.sample_aspect_ratio = media.Fraction(4, 3)
+
+    encode(tmp_path / "squeezed.mkv", "libx264", "yuv420p", {}, prepare=squeeze)
+    encode(tmp_path / "fields.ts", "mpeg2video", "yuv420p", {"flags": "+ildct+ilme", "top": "1"})
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=48000)
+        for start in range(0, 48000, 1024):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.sample_rate, frame.pts = 48000, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    config = IngestConfig(input=str(tmp_path), output="/out")
+    rows = {
+        source["path"]: ingest.ingest_source(source, config, ingest._sandbox(config))[0]
+        for source in ingest.list_sources(config)
+    }
+    assert rows["sound.mp4"]["error"] == "there is no video stream in it, only audio"
+    squeezed = rows["squeezed.mkv"]
+    assert (squeezed["width"], squeezed["height"], squeezed["sample_aspect"]) == (341, 144, "4/3")
+    assert rows["fields.ts"]["interlaced"] and not squeezed["interlaced"]
 
 
 def test_uneven_frame_times_are_noticed(tmp_path):
@@ -171,6 +287,8 @@ def test_help_documents_every_field(job):
         (["--max_clip_frames", "many"], "max_clip_frames"),
         (["--input", "relative/folder"], "input"),
         (["--min_clip_frames", "500"], "min_clip_frames"),
+        (["--input", "/out/raw"], "input"),
+        (["--manifest", "/in/files.xlsx"], "manifest"),
     ],
 )
 def test_a_wrong_config_stops_with_the_keys_name_before_ray_starts(arguments, key):

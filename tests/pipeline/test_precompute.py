@@ -1,21 +1,17 @@
 import json
-import os
-import shutil
-import subprocess
-import sys
 import time
+import urllib.request
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 
 from model.text import TINY_ENCODERS
-from pipeline import batches, bfloat16, precompute, schema, storage, text_stage
+from pipeline import batches, bfloat16, metrics, precompute, schema, storage, text_stage
 from pipeline.sampling import Bucket, Native
 from tests.pipeline.data_root import make_data_root
-from tests.pipeline.processes import kill_tree
 from tests.pipeline.tiny_models import save_vae
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +70,7 @@ def test_every_planned_sample_has_a_row_and_a_broken_clip_has_error_rows(made):
 
 
 def test_the_index_tells_where_each_good_sample_stands(made):
-    index = batches.read_index(made)
+    index = batches.read_index(made).to_pylist()
     rows = latents(made)
     assert {row["sample_id"] for row in index} == {i for i, row in rows.items() if row["error"] is None}
     assert {row["split"] for row in index} == {"train", "held_out"}
@@ -89,7 +85,9 @@ def test_text_is_kept_apart_and_the_null_stands_in_the_metadata(made):
     reader = batches.LatentReader(made)
     clips = storage.read_folder(storage.join(made, schema.TEXT), ["clip_id"])
     assert clips is not None and clips.num_rows == 5
-    null = text_stage.read_null(made)
+    texts = text_stage.read_texts(made)
+    assert isinstance(texts, text_stage.ClipTexts)
+    null = texts.null
     one = reader.text(clips.column("clip_id")[0].as_py())
     assert one.clip_l.shape[1] == null.clip_l.shape[1] == 16
     assert len(one.t5) > len(null.t5)
@@ -142,39 +140,48 @@ def test_samples_are_crops_that_fit_and_images_go_to_one_frame_buckets():
             Bucket(*size)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_killed_midway_and_run_again_gives_the_rows_of_an_undisturbed_run(tmp_path, vae_url):
-    whole, killed = data_root(tmp_path / "whole"), data_root(tmp_path / "killed")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+def test_a_dry_run_counts_measures_and_makes_nothing(made, vae_url):
+    folder = Path(storage.path_of(made))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+    summary = precompute.run(config(made, vae_url, dry_run=True, dry_run_samples=2, variants=5))
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")} == before
+    # 3 videos in two buckets and 2 images in one, five variants of each.
+    assert summary.rows_in == 40
+    found = {bucket["bucket"]: bucket for bucket in summary.details["buckets"]}
+    assert {name: bucket["samples"] for name, bucket in found.items()} == {
+        "1x64x64": 10,
+        "5x64x64": 15,
+        "9x96x96": 15,
+    }
+    assert found["1x64x64"]["bytes"] == 2 * 2 * 8 * 8 * 16  # HQ and LQ in bf16
+    assert all(bucket["cpu_s"] > 0 and bucket["measured"] == 2 for bucket in found.values())
+    assert summary.details["encoder hours"] >= 0 and summary.details["GPU hours"] == 0
 
-    def start(data: str) -> subprocess.Popen:
-        arguments = ["--config", "configs/demo/precompute.yaml", "--data", data, "--vae", vae_url]
-        small = [{"frames": frames, "height": 64, "width": 64} for frames in (1, 5)]
-        size = ["--samples_per_shard=2", "--variants=4", f"--buckets={json.dumps(small)}"]
-        command = [sys.executable, "-m", "jobs.precompute", *arguments, *size]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
 
-    assert start(whole).wait(timeout=500) == 0
-    moments = np.random.default_rng(0).integers(1, 5, size=2)
-    for wanted in np.cumsum(moments):
-        process = start(killed)
-        folder = Path(storage.path_of(storage.join(killed, schema.LATENTS)))
-        deadline = time.monotonic() + 240
-        while len(list(folder.glob("part-*.parquet"))) < wanted and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        kill_tree(process)
-    made_before = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*.parquet")}
-    assert start(killed).wait(timeout=500) == 0
-    for name, modified in made_before.items():
-        assert (folder / name).stat().st_mtime_ns == modified, "a finished shard was made again"
+def test_the_index_of_a_shard_whose_maker_was_killed_comes_later(made, vae_url):
+    index = sorted(Path(storage.path_of(storage.join(made, schema.LATENTS, schema.INDEX))).glob("*.parquet"))
+    lost = index[0].read_bytes()
+    index[0].unlink()
+    summary = precompute.run(config(made, vae_url))
+    assert index[0].read_bytes() == lost
+    assert summary.bytes == 0 and summary.rows_kept == len(batches.read_index(made))
 
-    def plain(data: str) -> dict[str, dict]:
-        rows = latents(data)
-        return {i: {k: v for k, v in row.items() if k != "error"} for i, row in rows.items()}
 
-    assert plain(killed) == plain(whole)
-    index = batches.read_index(killed)
-    assert len(index) == len({row["sample_id"] for row in index}) == len(batches.read_index(whole))
-    shutil.rmtree(tmp_path)
+def test_counts_are_served_to_prometheus(made):
+    def served() -> dict[str, float]:
+        """Rows written, by table, as a scrape of every node finds them."""
+        found: dict[str, float] = {}
+        for node in ray.nodes():
+            url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+            with urllib.request.urlopen(url, timeout=20) as answer:
+                lines = answer.read().decode().splitlines()
+            for line in lines:
+                if line.startswith(f"ray_{metrics.ROWS}_total{{"):
+                    table = line.split('table="')[1].split('"')[0]
+                    found[table] = found.get(table, 0) + float(line.rsplit(" ", 1)[1])
+        return found
+
+    deadline = time.monotonic() + 90
+    while served().get("latents", 0) < 16 and time.monotonic() < deadline:
+        time.sleep(2)
+    assert served()["latents"] >= 16 and served()["text"] >= 5

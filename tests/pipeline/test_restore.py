@@ -4,31 +4,31 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from pipeline import encoding, media, restore, storage, weights
+from pipeline import media, restore, storage, weights
+from pipeline.backbones import OWN, Backbone, ModelConfig, Prompt
 from pipeline.container import stamped_frames
 from pipeline.restore import RestoreConfig, Restorer, Sampling
-from pipeline.restorer import Prompt
 from tests.pipeline import tiny_models
+from tests.pipeline.clips import MEDIA, cut_with_sound, make_video, packets
 
-MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
+MODEL = ModelConfig("file:///d", vae="file:///v")
 SAMPLING = Sampling(steps=2, chunk_frames=9, overlap_frames=4, slice_frames=4)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     root = tmp_path_factory.mktemp("weights")
-    return tiny_models.save_vae(root / "vae"), tiny_models.save_dit(root / "dit")
+    return ModelConfig(tiny_models.save_dit(root / "dit"), vae=tiny_models.save_vae(root / "vae"))
 
 
 @pytest.fixture(scope="module")
-def restorer(models: tuple[str, str]) -> Restorer:
-    return Restorer.from_weights(*models, SAMPLING, device="cpu")
+def restorer(models: ModelConfig) -> Restorer:
+    return Restorer.from_weights(models, SAMPLING, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +59,12 @@ def test_no_frame_no_result(restorer: Restorer):
 def test_the_same_seed_gives_the_same_video(restorer, models, frames):
     once, again = restored(restorer, frames[:13]), restored(restorer, frames[:13])
     assert np.array_equal(once, again)
-    other = Restorer.from_weights(*models, Sampling(**{**vars(SAMPLING), "seed": 1}), device="cpu")
+    other = Restorer.from_weights(models, Sampling(**{**vars(SAMPLING), "seed": 1}), device="cpu")
     assert not np.array_equal(once, restored(other, frames[:13]))
 
 
 def test_the_slices_of_the_autoencoder_do_not_show(restorer, models, frames):
-    whole = Restorer.from_weights(*models, Sampling(**{**vars(SAMPLING), "slice_frames": 40}), device="cpu")
+    whole = Restorer.from_weights(models, Sampling(**{**vars(SAMPLING), "slice_frames": 40}), device="cpu")
     difference = restored(restorer, frames).astype(int) - restored(whole, frames)
     assert np.abs(difference).max() <= 1  # rounding of equal pictures
 
@@ -102,14 +102,12 @@ class AgreeingNetwork(torch.nn.Module):
 
 def test_chunks_that_agree_leave_no_trace(models, frames):
     """What only depends on latent frames and their noise is the same in many chunks and in a single one."""
-    null = Prompt(torch.zeros(1, 1), None)
+    network = Backbone(AgreeingNetwork(), Prompt(torch.zeros(1, 1), None), None, OWN, shape_quirk=False)
     out = []
     for chunk_frames in (9, 41):
         sampling = Sampling(steps=1, chunk_frames=chunk_frames, overlap_frames=4, condition_noise=0)
-        vae = weights.load_vae(models[0])
-        out.append(
-            restored(Restorer(vae, AgreeingNetwork(), null, sampling, device="cpu"), frames).astype(int)
-        )
+        vae = weights.load_vae(models.vae)
+        out.append(restored(Restorer(vae, network, sampling, device="cpu"), frames).astype(int))
     assert np.abs(out[0] - out[1]).max() <= 1
     assert np.abs(np.diff(out[0], axis=0)).mean() > 1  # the noise does show
 
@@ -120,7 +118,7 @@ def test_no_jump_where_chunks_meet(models, moving):
     sampling = Sampling(steps=2, chunk_frames=21, overlap_frames=4)
     clip = [f[100:132, 200:232] for f in media.decode_frames(str(MEDIA / "city.mp4"), max_frames=101)]
     clip = clip if moving else clip[:1] * 101
-    out = restored(Restorer.from_weights(*models, sampling, device="cpu"), clip).astype(np.float64) / 255
+    out = restored(Restorer.from_weights(models, sampling, device="cpu"), clip).astype(np.float64) / 255
     per_frame = ((out[1:] - out[:-1]) ** 2).mean(axis=(1, 2, 3))
     energy = per_frame.reshape(25, 4).mean(axis=1)  # from latent frame i to i + 1
     overlap = sampling.chunks.overlap
@@ -139,7 +137,7 @@ def test_colours_come_from_the_input(models, frames):
     means = {}
     for method in ("wavelet", "adain", "none"):
         sampling = Sampling(**{**vars(SAMPLING), "color_fix": method})
-        means[method] = restored(Restorer.from_weights(*models, sampling, device="cpu"), grey).mean()
+        means[method] = restored(Restorer.from_weights(models, sampling, device="cpu"), grey).mean()
     assert abs(means["wavelet"] - 90) < 6 and abs(means["adain"] - 90) < 6
     assert abs(means["none"] - 90) > 6
 
@@ -167,20 +165,6 @@ def test_wrong_settings_name_their_key(wrong: dict, message: str):
 # --- files ---
 
 
-def make_video(path: Path, frames: list[np.ndarray], stamps: list[int] | None = None) -> None:
-    height, width = frames[0].shape[:2]
-    with encoding.VideoWriter(
-        str(path), Fraction(24000, 1001), width, height, time_base=Fraction(1, 24000)
-    ) as out:
-        for index, frame in enumerate(frames):
-            out.write(frame, stamps[index] if stamps else index * 1001)
-
-
-def packets(path: str) -> list[bytes]:
-    with av.open(path) as container:
-        return [bytes(packet) for packet in container.demux(container.streams.audio[0]) if packet.size]
-
-
 @pytest.fixture(scope="module")
 def job(models, frames, tmp_path_factory, local_ray) -> tuple[RestoreConfig, Path, Path]:
     """A folder of all kinds of files, restored once by the job."""
@@ -198,40 +182,12 @@ def job(models, frames, tmp_path_factory, local_ray) -> tuple[RestoreConfig, Pat
     config = RestoreConfig(
         input=f"file://{source}",
         output=f"file://{target}",
-        vae=models[0],
-        dit=models[1],
+        model=models,
         sampling=SAMPLING,
         scale=2,
     )
     restore.run(config)
     return config, source, target
-
-
-def cut_with_sound(path: Path) -> None:
-    """The first frames of the bundled trailer, small, with its own sound and a second track."""
-    pictures = path.with_name("pictures.mp4")
-    small = [
-        frame[:48:2, :64:2] for frame in media.decode_frames(str(MEDIA / "trailer_bbb.mp4"), max_frames=9)
-    ]
-    make_video(pictures, small)
-    with (
-        av.open(str(MEDIA / "trailer_bbb.mp4")) as source,
-        av.open(str(pictures)) as video,
-        av.open(str(path), "w") as out,
-    ):
-        picture = out.add_stream_from_template(video.streams.video[0])
-        tracks = [out.add_stream_from_template(source.streams.audio[0]) for _ in range(2)]
-        for packet in video.demux(video.streams.video[0]):
-            if packet.dts is not None:
-                packet.stream = picture
-                out.mux(packet)
-        for packet in source.demux(source.streams.audio[0]):
-            if packet.dts is None or packet.dts * packet.time_base > 1:
-                break
-            for track in tracks:
-                packet.stream = track
-                out.mux(packet)
-    pictures.unlink()
 
 
 def manifest(target: Path) -> dict[str, dict]:
@@ -297,8 +253,7 @@ def test_two_inputs_of_one_name_do_not_overwrite_each_other(tmp_path: Path):
     config = RestoreConfig(
         input=[f"file://{tmp_path}"],
         output="file:///out",
-        vae="file:///v",
-        dit="file:///d",
+        model=MODEL,
         sampling=SAMPLING,
     )
     assert sorted(row["name"] for row in restore.list_inputs(config)) == ["a.mov", "a.mp4", "b"]
@@ -309,22 +264,20 @@ def test_two_inputs_of_one_name_do_not_overwrite_each_other(tmp_path: Path):
     [
         ({"input": "clips/a.mp4"}, "input: .* is relative"),
         ({"input": []}, "input: empty"),
-        ({"scale": 2, "short_side": 720}, "scale, short_side, size"),
+        ({"scale": 2, "short_side": 720}, "scale, short_side, area, size"),
         ({"sampling": Sampling(guidance_scale=6.5)}, r"sampling\.guidance_scale"),
         ({"output": "https://host/out"}, "output: .* neither file:// nor s3://"),
     ],
 )
 def test_wrong_configs_name_their_key(wrong: dict, message: str):
-    good = {"input": "file:///in", "output": "file:///out", "vae": "file:///v", "dit": "file:///d"}
+    good = {"input": "file:///in", "output": "file:///out", "model": MODEL}
     with pytest.raises(ValueError, match=message):
         RestoreConfig(**{**good, **wrong})
 
 
 def test_target_sizes():
     def size(height: int, width: int, **target):
-        config = RestoreConfig(
-            input="file:///in", output="file:///o", vae="file:///v", dit="file:///d", **target
-        )
+        config = RestoreConfig(input="file:///in", output="file:///o", model=MODEL, **target)
         return config.output_size(height, width)
 
     assert size(37, 53) == (37, 53)

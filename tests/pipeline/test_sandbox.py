@@ -66,6 +66,13 @@ def test_one_child_serves_many_calls_and_leaves_with_its_owner(sandbox):
     assert child_of(sandbox) != first
 
 
+def test_credentials_stay_with_the_owner(sandbox, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    sandbox.close()
+    assert sandbox.call(os.getenv, "AWS_SECRET_ACCESS_KEY") is None
+    assert sandbox.call(os.getenv, "PATH")
+
+
 def test_a_stream_may_be_left_early(sandbox):
     stream = sandbox.stream(media.decode_frames, TRAILER, max_side=64)
     next(stream)

@@ -13,6 +13,10 @@ def rows(count: int, first: int = 0) -> list[dict]:
     return [{"row_id": f"r{i:04d}"} for i in range(first, first + count)]
 
 
+def plan(folder: str, planned: list[dict], rows_per_shard: int = 8) -> list[shards.Shard]:
+    return shards.plan(folder, planned, "row_id", "f", rows_per_shard).pending
+
+
 def make(folder: str, pending: list[shards.Shard], fingerprint: str = "f") -> None:
     table_schema = schema.with_fingerprint(TABLE, fingerprint)
     for shard in pending:
@@ -27,17 +31,16 @@ def ids(folder: str) -> list[str]:
 
 def test_what_was_made_is_never_made_again_and_additions_only_add(tmp_path):
     folder = f"file://{tmp_path}/table"
-    pending = shards.plan(folder, rows(50), "row_id", "f", rows_per_shard=8)
+    pending = plan(folder, rows(50))
     make(folder, pending[:3])
-    again = shards.plan(folder, rows(50), "row_id", "f", rows_per_shard=8)
+    again = plan(folder, rows(50))
     assert [shard.name for shard in again] == [shard.name for shard in pending[3:]]
     make(folder, again)
     assert sorted(ids(folder)) == [row["row_id"] for row in rows(50)]
     before = {url: os.stat(storage.path_of(url)).st_mtime_ns for url in storage.parquet_files(folder)}
-    more = shards.plan(folder, rows(60), "row_id", "f", rows_per_shard=8)
-    assert sorted(row["row_id"] for shard in more for row in shard.rows) == [
-        row["row_id"] for row in rows(10, 50)
-    ]
+    more = plan(folder, rows(60))
+    planned = [row for shard in more for row in shards.read_shard(folder, shard)]
+    assert sorted(planned, key=lambda row: row["row_id"]) == rows(10, 50)
     make(folder, more)
     assert sorted(ids(folder)) == [row["row_id"] for row in rows(60)]
     assert {url: os.stat(storage.path_of(url)).st_mtime_ns for url in before} == before
@@ -45,23 +48,33 @@ def test_what_was_made_is_never_made_again_and_additions_only_add(tmp_path):
 
 def test_rows_made_in_another_way_do_not_mix(tmp_path):
     folder = f"file://{tmp_path}/table"
-    make(folder, shards.plan(folder, rows(4), "row_id", "f", 2))
+    make(folder, plan(folder, rows(4)))
     with pytest.raises(ValueError, match="made with other settings or models"):
         shards.plan(folder, rows(4), "row_id", "g", 2)
 
 
 def test_a_half_written_file_is_not_seen(tmp_path):
     folder = tmp_path / "table"
-    pending = shards.plan(f"file://{folder}", rows(10), "row_id", "f", 5)
+    pending = plan(f"file://{folder}", rows(10))
     (folder / f".{pending[0].name}.abc.partial").write_bytes(b"PAR1 and then the power went")
-    make(f"file://{folder}", shards.plan(f"file://{folder}", rows(10), "row_id", "f", 5))
+    make(f"file://{folder}", plan(f"file://{folder}", rows(10)))
     assert sorted(ids(f"file://{folder}")) == [row["row_id"] for row in rows(10)]
+
+
+def test_a_walk_finds_each_file_once_whatever_links_there_are(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/one.bin").write_bytes(b"12345")
+    (tmp_path / "a/b/up").symlink_to(tmp_path / "a")
+    assert list(storage.walk(f"file://{tmp_path}/a")) == [(f"file://{tmp_path}/a/b/one.bin", 5, "")]
+    assert list(storage.walk(f"file://{tmp_path}/a/b/one.bin")) == [(f"file://{tmp_path}/a/b/one.bin", 5, "")]
+    assert list(storage.walk(f"file://{tmp_path}/none")) == []
 
 
 def test_row_groups_keep_to_their_limits(tmp_path):
     many = [{"row_id": str(i), "data": b"x"} for i in range(150)]
     assert [table.num_rows for table in shards.row_groups(many, TABLE)] == [64, 64, 22]
-    large = [{"row_id": str(i), "data": bytes(50 * 1024**2)} for i in range(5)]
+    assert schema.MAX_ROW_GROUP_BYTES <= 128 * 1024**2
+    large = [{"row_id": str(i), "data": bytes(schema.MAX_ROW_GROUP_BYTES * 2 // 5)} for i in range(5)]
     assert [table.num_rows for table in shards.row_groups(large, TABLE)] == [2, 2, 1]
 
 

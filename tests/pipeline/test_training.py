@@ -1,22 +1,32 @@
-"""Both trainings as real jobs: two gloo workers under Ray Train and DeepSpeed ZeRO-2."""
+"""Trainings as real jobs: gloo workers under Ray Train and DeepSpeed ZeRO."""
 
 import dataclasses
+import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
+from safetensors.torch import save_file
 
+from model.checkpoints import load_sd3_transformer
+from model.swin_mmdit import TINY
 from model.text import TINY_ENCODERS
-from pipeline import batches, precompute, storage, train_dit, train_vae, training, weights
+from pipeline import batches, precompute, sample_stream, storage, train_dit, training, weights
 from pipeline.sampling import Bucket
+from tests.model.test_swin_mmdit import sd3_transformer
 from tests.pipeline.data_root import make_data_root
 from tests.pipeline.processes import kill_tree
-from tests.pipeline.tiny_models import DIT, VAE, save_vae
+from tests.pipeline.tiny_models import DIT, save_vae
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = dataclasses.replace(DIT, text_dim=64, pooled_dim=48)
@@ -40,7 +50,9 @@ def stage_config(name: str, steps: int, buckets: list[str]) -> train_dit.StageCo
     return train_dit.StageConfig(name, buckets, steps, learning_rate=1e-3, tokens_per_pack=64)
 
 
-def dit_config(data: str, output: Path, workers: int = 1, **changes) -> train_dit.TrainDitConfig:
+def dit_config(
+    data: str, output: Path, workers: int | tuple[int, int] = 1, **changes
+) -> train_dit.TrainDitConfig:
     values = {
         "model": MODEL,
         "stages": [
@@ -64,6 +76,13 @@ def losses(output: Path, name: str = "dit") -> list[float]:
     return [step["loss"] for step in history(output, name)["steps"]]
 
 
+def rate_of(stage: train_dit.StageConfig, number: int, optimiser: training.OptimiserConfig) -> float:
+    warmup = optimiser.warmup_steps
+    if number < warmup or optimiser.schedule == "constant":
+        return stage.learning_rate * min(1.0, (number + 1) / (warmup + 1))
+    return stage.learning_rate * (1 + math.cos(math.pi * (number - warmup) / (stage.steps - warmup))) / 2
+
+
 def plain_losses(config: train_dit.TrainDitConfig) -> list[float]:
     """The same training written plainly: one process, torch's AdamW, no DeepSpeed."""
     reader, index = batches.LatentReader(config.data), batches.read_index(config.data)
@@ -74,17 +93,17 @@ def plain_losses(config: train_dit.TrainDitConfig) -> list[float]:
     )
     found = []
     for stage in config.stages:
-        stream = batches.SampleStream(train_dit.rows_of(index, stage, "train"), config.seed)
+        rows = train_dit.rows_of(index, stage, "train")
+        stream = sample_stream.SampleStream(rows, config.seed, config.model)
         position = 0
         for number in range(stage.steps):
-            packs, position = batches.pack_step(
-                stream, position, config.packs_per_step, stage.tokens_per_pack
-            )
+            packed = sample_stream.pack_step(stream, position, config.packs_per_step, stage.tokens_per_pack)
+            position = packed.next_position
             whole = batches.collate(
-                [batches.training_sample(reader, drawn, config.seed) for pack in packs for drawn in pack]
+                [batches.training_sample(reader, stream[one], config.seed) for one in sum(packed.packs, [])]  # noqa: RUF017
             )
             for group in adam.param_groups:
-                group["lr"] = training.warmed_up(stage.learning_rate, number, config.optimiser.warmup_steps)
+                group["lr"] = rate_of(stage, number, config.optimiser)
             adam.zero_grad()
             loss = whole.sample_losses(train_dit.forward(model, whole)).mean()
             loss.backward()
@@ -94,33 +113,92 @@ def plain_losses(config: train_dit.TrainDitConfig) -> list[float]:
     return found
 
 
+def test_training_starts_from_sd3(tmp_path, capsys):
+    sd3 = sd3_transformer(TINY)
+    save_file(sd3.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        found = [
+            train_dit.network(dit_config("file:///data", tmp_path, model=TINY, sd3=f"file://{where}"))
+            for where in (tmp_path, tmp_path / "diffusion_pytorch_model.safetensors")
+        ]
+    finally:
+        dist.destroy_process_group()
+    assert "SD3: took" in capsys.readouterr().out
+    expected = train_dit.SwinMMDiT(TINY)
+    load_sd3_transformer(expected, tmp_path)
+    for name, tensor in expected.state_dict().items():
+        assert all(torch.equal(model.state_dict()[name], tensor) for model in found), name
+
+
+@pytest.mark.slow
+def test_compiled_mlps_train_as_others_do(data, tmp_path):
+    config = dit_config(data, tmp_path, stages=[stage_config("images", 3, ["1x64x64"])], compile_mlps=True)
+    train_dit.run(config)
+    torch.testing.assert_close(losses(tmp_path), plain_losses(config), rtol=0, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_two_workers_with_zero_2_give_the_losses_of_plain_torch(data, tmp_path):
-    config = dit_config(data, tmp_path, workers=2)
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_two_workers_give_the_losses_of_plain_torch_with_every_zero_stage(data, tmp_path, zero_stage):
+    scale = training.ScaleConfig(num_workers=2, zero_stage=zero_stage)
+    stages = [
+        stage_config("images", 8, ["1x64x64"]),
+        stage_config("mixed", 12, ["1x64x64", "5x64x64"]),
+    ]
+    optimiser = training.OptimiserConfig(warmup_steps=2, schedule="cosine")
+    config = dit_config(data, tmp_path, scale=scale, stages=stages, optimiser=optimiser)
     train_dit.run(config)
+    assert len(losses(tmp_path)) == 20
     torch.testing.assert_close(losses(tmp_path), plain_losses(config), rtol=0, atol=1e-4)
     held_out = history(tmp_path, "dit")["held_out"]
     assert [row["stage"] for row in held_out] == ["images", "mixed"]
     assert all(row["triples"] == 8 and row["after"] != row["before"] for row in held_out)
     # What restore loads: the moving average, with the empty prompt beside it.
-    model, text, pooled = weights.load_dit(f"file://{tmp_path}/weights/dit")
-    assert text.shape[1] == MODEL.text_dim and pooled is not None
+    model, prompts = weights.load_dit(f"file://{tmp_path}/weights/dit")
+    assert prompts.null.shape[1] == MODEL.text_dim and prompts.pooled is not None
     assert any(parameter.abs().max() > 0 for parameter in model.parameters())
     assert list((tmp_path / "tensorboard" / "dit").glob("events.out.tfevents.*"))
+
+
+def step_of(complete: Path) -> int:
+    """Of a checkpoint, by its COMPLETE file."""
+    return int(complete.parent.name.removeprefix("checkpoint_").split("-")[0])
+
+
+def add_latents(root: Path) -> None:
+    """One more file of latents/, with images for training, as a precompute of more clips adds it."""
+    index = pq.read_table(root / "latents/_index")
+    image = pc.and_(pc.equal(index["bucket"], "1x64x64"), pc.equal(index["split"], "train"))
+    file = index.filter(image)["file"][0].as_py()
+    for folder in ("latents", "latents/_index"):
+        table = pq.read_table(root / folder / file)
+        new = [f"new{name}" for name in table["sample_id"].to_pylist()]
+        table = table.set_column(table.column_names.index("sample_id"), "sample_id", [new])
+        if "file" in table.column_names:
+            table = table.set_column(
+                table.column_names.index("file"), "file", [["part-new.parquet"] * len(table)]
+            )
+        pq.write_table(table, root / folder / "part-new.parquet")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_killed_training_goes_on_from_its_last_checkpoint_with_equal_losses(data, tmp_path):
-    config = dit_config(data, tmp_path / "whole")
+    """Also where precompute has added samples meanwhile: the stage keeps to those it began with."""
+    root = tmp_path / "data"
+    shutil.copytree(storage.path_of(data), root)
+    data = f"file://{root}"
+    stages = [stage_config("images", 6, ["1x64x64"]), stage_config("mixed", 24, ["1x64x64", "5x64x64"])]
+    config = dit_config(data, tmp_path / "whole", stages=stages)
     train_dit.run(config)
     file = tmp_path / "train.yaml"
-    stages = [dataclasses.asdict(stage) for stage in config.stages]
+    written = [dataclasses.asdict(stage) for stage in stages]
     model = {k: list(map(list, v)) if k == "windows" else v for k, v in dataclasses.asdict(MODEL).items()}
     model = {k: list(v) if isinstance(v, tuple) else v for k, v in model.items()}
-    settings = {"packs_per_step": 2, "checkpoint_every": 3, "heldout_triples": 8}
-    file.write_text(yaml.safe_dump({"stages": stages, "model": model, **settings}))
+    settings = {"packs_per_step": 2, "checkpoint_every": 1, "heldout_triples": 8}
+    file.write_text(yaml.safe_dump({"stages": written, "model": model, **settings}))
     output = tmp_path / "killed"
     arguments = ["--config", str(file), "--data", data, "--output", f"file://{output}"]
     command = [sys.executable, "-m", "jobs.train_dit", *arguments]
@@ -134,52 +212,26 @@ def test_killed_training_goes_on_from_its_last_checkpoint_with_equal_losses(data
     process = start()
     assert process.stdout is not None
     for line in process.stdout:
-        if "step 5/12" in line:
+        if "step 8/30" in line:  # the second of the last stage
             break
-    snapshot = output / "checkpoints" / "dit" / "checkpoint_manager_snapshot.json"
     deadline = time.monotonic() + 60
-    while not snapshot.exists() and time.monotonic() < deadline:
+    while max(map(step_of, output.glob("checkpoints/dit/*/COMPLETE")), default=0) < 7:
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     kill_tree(process)
+    add_latents(root)
     resumed, _ = start().communicate(timeout=600)
-    assert "resumed at step" in resumed, resumed[-3000:]
-    assert "resumed at step 0 " not in resumed
+    found = re.search(r"resumed at step (\d+) ", resumed)
+    assert found, resumed[-3000:]
+    assert 7 <= int(found[1]) < 30
     torch.testing.assert_close(losses(output), losses(tmp_path / "whole"), rtol=0, atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_the_autoencoder_trains_on_videos_and_images_and_its_loss_falls(data, tmp_path):
-    config = train_vae.TrainVaeConfig(
-        data=data,
-        output=f"file://{tmp_path}",
-        model=VAE,
-        stages=[
-            train_vae.VaeStageConfig(Bucket(5, 32, 32), 30, 2e-3, crops_per_worker=4),
-            train_vae.VaeStageConfig(Bucket(9, 32, 32), 5, 1e-3, crops_per_worker=2),
-        ],
-        optimiser=training.OptimiserConfig(ema_decay=0.9, weight_decay=0.0),
-        scale=training.ScaleConfig(num_workers=2),
-        heldout_crops=8,
-        checkpoint_every=20,
-    )
-    train_vae.run(config)
-    log = history(tmp_path, "vae")
-    assert len(log["steps"]) == 35
-    first, second = log["held_out"]
-    assert first["after"] < 0.95 * first["before"]
-    assert second["stage"] == "9x32x32"
-    vae = weights.load_vae(f"file://{tmp_path}/weights/vae")
-    # The latents that the transformer will see have about unit spread, whatever the training gave.
-    scale = weights.describe(f"file://{tmp_path}/weights/vae")["config"]["latent_scale"]
-    spread = log["steps"][-1]["latent_std"]
-    assert scale == pytest.approx(1 / spread, rel=0.3)
-    assert vae.config.latent_scale == scale
-
-
 def test_a_pack_count_that_the_workers_do_not_divide_stops_before_ray(data, tmp_path):
-    with pytest.raises(ValueError, match=r"packs_per_step: 3 is no multiple of scale.num_workers \(2\)"):
+    with pytest.raises(ValueError, match=r"packs_per_step: 3 is no multiple of 2, which scale.num_workers"):
         dit_config(data, tmp_path, workers=2, packs_per_step=3)
+    with pytest.raises(ValueError, match=r"packs_per_step: 4 is no multiple of 3, .* \(\(2, 4\)\) allows"):
+        dit_config(data, tmp_path, workers=(2, 4), packs_per_step=4)
 
 
 def test_buckets_that_latents_do_not_have_are_named(data, tmp_path):

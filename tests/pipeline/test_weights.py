@@ -11,9 +11,10 @@ from tests.pipeline import tiny_models
 
 def test_models_come_back_as_they_were_saved(tmp_path: Path):
     vae = weights.load_vae(tiny_models.save_vae(tmp_path / "vae"))
-    dit, text, pooled = weights.load_dit(tiny_models.save_dit(tmp_path / "dit"))
+    dit, prompts = weights.load_dit(tiny_models.save_dit(tmp_path / "dit"))
     assert vae.config == tiny_models.VAE and dit.config == tiny_models.DIT
-    assert text.shape == (7, 24) and pooled is not None and pooled.shape == (12,)
+    assert prompts.null.shape == (7, 24)
+    assert prompts.pooled is not None and prompts.pooled.shape == (12,)
     again = f"file://{tmp_path}/again"
     digest = weights.save_weights(again, weights.VAE, vae.config, vae.state_dict())
     assert digest == weights.weights_hash(f"file://{tmp_path}/vae") == weights.weights_hash(again)
@@ -23,7 +24,7 @@ def test_models_come_back_as_they_were_saved(tmp_path: Path):
 
 def test_what_is_not_whole_is_refused(tmp_path: Path):
     url = tiny_models.save_vae(tmp_path / "vae")
-    with pytest.raises(ValueError, match="kind 'vae', wanted 'swin_mmdit'"):
+    with pytest.raises(ValueError, match="kind 'vae', wanted swin_mmdit or nadit"):
         weights.load_dit(url)
     file = tmp_path / "vae" / weights.WEIGHTS_FILE
     data = bytearray(file.read_bytes())

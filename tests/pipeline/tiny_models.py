@@ -34,11 +34,11 @@ DIT = SwinMMDiTConfig(
 )
 
 
-def save_vae(folder: Path) -> str:
-    """A random autoencoder's weights folder; returns its URL."""
+def save_vae(folder: Path | str) -> str:
+    """A random autoencoder's weights folder (a path or a URL); returns its URL."""
     torch.manual_seed(0)
     vae = CausalVideoAutoencoder(VAE)
-    url = f"file://{folder}"
+    url = folder if isinstance(folder, str) else f"file://{folder}"
     weights.save_weights(url, weights.VAE, VAE, vae.state_dict())
     return url
 
@@ -49,6 +49,6 @@ def save_dit(folder: Path) -> str:
     dit = SwinMMDiT(DIT)
     state = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in dit.state_dict().items()}
     url = f"file://{folder}"
-    null = {"text": torch.randn(7, DIT.text_dim), "pooled": torch.randn(DIT.pooled_dim)}
+    null = weights.Prompts(torch.randn(7, DIT.text_dim), torch.randn(DIT.pooled_dim))
     weights.save_weights(url, weights.SWIN_MMDIT, DIT, state, null)
     return url

@@ -1,12 +1,17 @@
-"""PSNR and SSIM against hand-made cases and against scikit-image with the same settings."""
+"""PSNR and SSIM against hand-made cases, against basicsr and against scikit-image with the same settings."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from skimage.metrics import structural_similarity
 
 from pipeline.scores import full_reference
+from tests.reference.record_psnr import BORDERS, SIZES, frame_pair
+
+RECORDED = Path(__file__).parents[2] / "data" / "scores" / "psnr.json"
 
 
 def frames(height: int = 48, width: int = 64, noise: float = 12.0) -> tuple[np.ndarray, np.ndarray]:
@@ -33,6 +38,14 @@ def test_equal_frames_give_infinity_and_one():
     scores = full_reference.full_reference_scores(truth, truth)
     assert math.isinf(scores["psnr_rgb"]) and math.isinf(scores["psnr_y"])
     assert scores["ssim_rgb"] == pytest.approx(1) and scores["ssim_y"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("border", BORDERS)
+def test_numbers_are_basicsrs(size: tuple[int, int], border: int):
+    recorded = json.loads(RECORDED.read_text())[f"{size[0]}x{size[1]}, border {border}"]
+    scores = full_reference.full_reference_scores(*frame_pair(*size), border_px=border)
+    assert scores == pytest.approx(recorded, abs=1e-4) and set(scores) == set(recorded)
 
 
 @pytest.mark.parametrize("size", [(48, 64), (11, 11), (37, 53)])

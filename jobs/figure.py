@@ -1,0 +1,15 @@
+"""Draw quality against time per frame, with parameters and peak memory, from an evaluation.
+
+python -m jobs.figure --evaluation file:///tables --output file:///tables --metric psnr_rgb
+"""
+
+from pipeline import figure
+from pipeline.config import run_job
+
+
+def main() -> None:
+    run_job(figure.FigureConfig, __doc__, figure.run)
+
+
+if __name__ == "__main__":
+    main()

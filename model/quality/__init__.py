@@ -1,0 +1,1 @@
+"""Networks that judge a picture or a clip: the scorers that the paper filters its data with, and DOVER."""

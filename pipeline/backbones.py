@@ -1,0 +1,194 @@
+"""Which transformer a job uses, and everything that hangs on that choice, in one place.
+
+Our own weights folders (`kind: own`) and the four released models: their shape, their prompts, how they are
+meant to be sampled, which size their scripts restore to. `restore` and `train_dit` ask here and know of no
+model by name. Facts on the released ones: SeedVR commit 673b563, its inference scripts and configs.
+"""
+
+import tempfile
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model import checkpoints, flow
+from model.nadit import SEEDVR_3B, SEEDVR_7B, NaDiTConfig
+from model.swin_mmdit import SwinMMDiTConfig
+from model.vae.autoencoder import AutoencoderConfig
+from pipeline import storage, weights
+
+Kind = Literal["own", "seedvr-3b", "seedvr-7b", "seedvr2-3b", "seedvr2-7b"]
+RELEASED_AREA = (720, 1280)
+"""The released scripts restore everything to this area, in pixels, unless they are told another."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a model is sampled."""
+
+    steps: int
+    guidance_scale: float
+    condition_noise: float
+    """0..1000, before the shift by the video's size"""
+
+
+OWN = Schedule(steps=50, guidance_scale=1.0, condition_noise=flow.INFERENCE_CONDITION_LEVEL)
+SEEDVR = replace(OWN, guidance_scale=6.5)
+SEEDVR2 = Schedule(steps=1, guidance_scale=1.0, condition_noise=0.0)
+
+
+@dataclass(frozen=True)
+class Released:
+    """One released model."""
+
+    config: NaDiTConfig
+    schedule: Schedule
+
+
+RELEASED: dict[str, Released] = {
+    "seedvr-3b": Released(SEEDVR_3B, SEEDVR),
+    "seedvr-7b": Released(SEEDVR_7B, SEEDVR),
+    "seedvr2-3b": Released(SEEDVR_3B, SEEDVR2),
+    "seedvr2-7b": Released(SEEDVR_7B, SEEDVR2),
+}
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A transformer to start from."""
+
+    weights: str
+    """URL of a folder that train_dit wrote, or of a released file (.pth or .safetensors)"""
+    kind: Kind = "own"
+    """own: a folder of ours; else which released model the file holds"""
+
+    def __post_init__(self) -> None:
+        _check_weights(self.weights, self.kind, "initial")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The models of a restoration."""
+
+    weights: str
+    """URL of a folder that train_dit wrote, or of a released file (.pth or .safetensors)"""
+    vae: str
+    """URL of a folder that train_vae wrote, or of the released autoencoder's file"""
+    kind: Kind = "own"
+    """own: a folder of ours; else which released model the file holds"""
+    positive: str | None = None
+    """URL of the prompt: the release's pos_emb.pt, which its models need; for ours a .safetensors file with
+    `text` and `pooled`, for guidance"""
+    negative: str | None = None
+    """URL of the release's neg_emb.pt, for guidance; ours carry their own"""
+    shape_quirk: bool = True
+    """of released models only: shift the condition's noise by (height, width, 16), as their scripts do, and
+    not by (frames, height, width), as was meant"""
+
+    def __post_init__(self) -> None:
+        _check_weights(self.weights, self.kind, "model")
+        for key in ("vae", "positive", "negative"):
+            if getattr(self, key) is not None:
+                storage.check_url(getattr(self, key), f"model.{key}")
+        if self.kind == "own" and self.negative is not None:
+            raise ValueError("model.negative: a folder of ours carries its own negative prompt; leave it out")
+        if self.kind != "own" and self.positive is None:
+            raise ValueError(f"model.positive: {self.kind} needs the prompt of its release, pos_emb.pt")
+
+    @property
+    def schedule(self) -> Schedule:
+        """How the model is sampled unless the user says otherwise."""
+        return OWN if self.kind == "own" else RELEASED[self.kind].schedule
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether there are two prompts, as guidance needs."""
+        return self.positive is not None and (self.kind == "own" or self.negative is not None)
+
+    def hashes(self) -> dict[str, str | None]:
+        """The sha256 of everything that this loads."""
+        urls = {"vae": self.vae, "dit": self.weights, "positive": self.positive, "negative": self.negative}
+        return {f"{name}_sha256": url and weights.weights_hash(url) for name, url in urls.items()}
+
+
+def _check_weights(url: str, kind: Kind, key: str) -> None:
+    storage.check_url(url, f"{key}.weights")
+    if kind == "own" and weights.is_released_file(url):
+        raise ValueError(
+            f"{key}.kind: {url} is a single file; say which released model it holds, or give a folder of ours"
+        )
+    if kind != "own" and not weights.is_released_file(url):
+        raise ValueError(f"{key}.weights: {kind} is a file (.pth or .safetensors), not the folder {url}")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text as the network takes it: `text` (L, D) and `pooled` (P,) or None."""
+
+    text: Tensor
+    pooled: Tensor | None
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A loaded transformer, ready to sample with."""
+
+    network: torch.nn.Module
+    prompt: Prompt
+    negative: Prompt | None
+    """what guidance leads away from; None: no guidance"""
+    schedule: Schedule
+    shape_quirk: bool
+
+
+def shape_of(config: BackboneConfig) -> SwinMMDiTConfig | NaDiTConfig:
+    """The network's shape, without its weights."""
+    if config.kind == "own":
+        shape = weights.shape_from_json(weights.describe(config.weights))
+        if isinstance(shape, AutoencoderConfig):
+            raise ValueError(f"initial.weights: {config.weights} holds an autoencoder")
+        return shape
+    if not storage.exists(config.weights):
+        raise ValueError(f"initial.weights: there is no file {config.weights}")
+    stated = None
+    if not config.weights.startswith("s3://"):
+        stated = checkpoints.stated_backbone(storage.path_of(config.weights))
+    return stated or RELEASED[config.kind].config
+
+
+def load_transformer(
+    config: BackboneConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[weights.Transformer, weights.Prompts | None]:
+    """The network in `dtype` on `device`, and the prompts that it carries (a released file has none)."""
+    if config.kind == "own":
+        model, prompts = weights.load_dit(config.weights)
+        return model.to(device, dtype), prompts
+    with tempfile.TemporaryDirectory() as folder, storage.local_copy(config.weights, folder) as path:
+        shape = RELEASED[config.kind].config
+        return checkpoints.load_backbone(path, shape, dtype, device).requires_grad_(False), None
+
+
+def load_backbone(config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> Backbone:
+    """The transformer of a restoration with its prompts."""
+    network, carried = load_transformer(BackboneConfig(config.weights, config.kind), dtype, device)
+    positive = read_prompt(config.positive) if config.positive else None
+    if carried is None:
+        assert positive is not None  # ModelConfig has checked
+        negative = read_prompt(config.negative) if config.negative else None
+        return Backbone(network, positive, negative, config.schedule, config.shape_quirk)
+    null = Prompt(carried.null, carried.pooled)
+    if positive is not None:
+        return Backbone(network, positive, null, config.schedule, shape_quirk=False)
+    fixed = null if carried.positive is None else Prompt(carried.positive, carried.pooled)
+    return Backbone(network, fixed, None, config.schedule, shape_quirk=False)
+
+
+def read_prompt(url: str) -> Prompt:
+    """A released prompt tensor (.pt), or a .safetensors file with `text` and perhaps `pooled`."""
+    with tempfile.TemporaryDirectory() as folder, storage.local_copy(url, folder) as path:
+        text = checkpoints.read_tensor(path, "text").float()
+        if text.ndim != 2:
+            raise ValueError(f"{url}: a prompt is (tokens, channels), this is {tuple(text.shape)}")
+        others = checkpoints.read_tensors(path) if path.endswith(".safetensors") else {}
+        return Prompt(text, others.get("pooled"))

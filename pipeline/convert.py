@@ -1,0 +1,185 @@
+"""Weights from one form into another, with a model card: released files, our folders, training checkpoints.
+
+In: a released file (.pth, .safetensors), a weights folder, or a checkpoint of train_dit (its moving average
+or the weights as they train). Out: one file with the released names, or a weights folder, which restore
+and train_dit take as `kind: own`. Tensors of files are mapped, not copied.
+"""
+
+import dataclasses
+import json
+import os
+import posixpath
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from model import checkpoints
+from model.vae import FULL_CONFIG, AutoencoderConfig, CausalVideoAutoencoder
+from pipeline import backbones, checkpoint, storage, text_stage, weights
+
+ReleasedKind = Literal["vae", "seedvr-3b", "seedvr-7b", "seedvr2-3b", "seedvr2-7b"]
+CARD = "MODEL_CARD.md"
+RELEASED_LICENSE = "Apache-2.0, as the released SeedVR weights"
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """What `jobs.convert` reads."""
+
+    source: str
+    """URL of a released file (.pth, .safetensors), of a weights folder, or of one checkpoint of train_dit
+    (<output>/checkpoints/dit/checkpoint_...)"""
+    output: str
+    """URL: a name in .pth or .safetensors makes a file with the released names, any other a weights folder"""
+    kind: ReleasedKind | None = None
+    """what a source file holds (null for folders, which say so themselves)"""
+    which: Literal["average", "raw"] = "average"
+    """of a checkpoint: the moving average, or the weights as they train"""
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
+    """precision of the result"""
+    positive: str | None = None
+    """URL of the release's pos_emb.pt, to make a weights folder of a released transformer"""
+    negative: str | None = None
+    """URL of its neg_emb.pt, likewise"""
+    data: str | None = None
+    """URL of the data root that a checkpoint was trained on, to make a weights folder: it has the prompts"""
+    license: str | None = None
+    """for the model card (null: that of the released weights for them and what was tuned from them)"""
+
+    def __post_init__(self) -> None:
+        for key in ("source", "output", "positive", "negative", "data"):
+            if getattr(self, key) is not None:
+                storage.check_url(getattr(self, key), key)
+        if weights.is_released_file(self.source) != (self.kind is not None):
+            raise ValueError(f"kind: it says what a single file holds; {self.source} goes {self._without}it")
+        if (self.positive is None) != (self.negative is None):
+            raise ValueError("positive, negative: give both prompts or none")
+
+    @property
+    def _without(self) -> str:
+        return "with" if self.kind is None else "without "
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Weights with all that is known of them; `shape` is the model's config."""
+
+    kind: str
+    shape: Any
+    state: dict[str, Tensor]
+    prompts: weights.Prompts | None
+    facts: dict[str, Any]
+
+
+@contextmanager
+def opened(config: ConvertConfig) -> Iterator[Loaded]:
+    """The source; its tensors are mapped from files that are there until the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        if config.kind is not None:
+            with storage.local_copy(config.source, folder) as path:
+                yield read_file(config, config.kind, path)
+        elif storage.exists(storage.join(config.source, weights.CONFIG_FILE)):
+            kind, shape, state, prompts = weights.read_folder(config.source)
+            about = weights.describe(config.source)["about"]
+            yield Loaded(kind, shape, state, prompts, {"training": about})
+        else:
+            yield read_checkpoint(config)
+
+
+def read_file(config: ConvertConfig, kind: ReleasedKind, path: str) -> Loaded:
+    """A released file."""
+    state = checkpoints.read_tensors(path)
+    facts = {"sha256 of the source": weights.weights_hash(config.source)}
+    if kind == "vae":
+        stated = checkpoints.read_header(path).get("autoencoder")
+        shape = checkpoints.config_from_header(AutoencoderConfig, stated, path) if stated else FULL_CONFIG
+        with torch.device("meta"):
+            checkpoints.check_fits(CausalVideoAutoencoder(shape), state, path)
+        return Loaded(weights.VAE, shape, state, None, facts)
+    backbone = checkpoints.load_backbone(path, backbones.RELEASED[kind].config)
+    prompts = None
+    if config.positive and config.negative:
+        positive, negative = (backbones.read_prompt(url).text for url in (config.positive, config.negative))
+        prompts = weights.Prompts(null=negative, positive=positive)
+    return Loaded(weights.NADIT, backbone.config, state, prompts, {"model": kind, **facts})
+
+
+def read_checkpoint(config: ConvertConfig) -> Loaded:
+    """A checkpoint of train_dit."""
+    state, tensors = checkpoint.read_checkpoint(config.source, "dit", average=config.which == "average")
+    network = state.get("network")
+    if network is None:
+        raise ValueError(f"source: {config.source} is no checkpoint of train_dit")
+    prompts = None if config.data is None else text_stage.read_texts(config.data).prompts()
+    facts = {"training": {"step": state["step"], "initial": state["initial"], "weights": config.which}}
+    return Loaded(network["kind"], weights.shape_from_json(network), tensors, prompts, facts)
+
+
+def write(config: ConvertConfig, loaded: Loaded) -> None:
+    """The weights in their new form."""
+    state = loaded.state
+    if config.dtype != "keep":
+        state = {name: tensor.to(getattr(torch, config.dtype)) for name, tensor in state.items()}
+    if not weights.is_released_file(config.output):
+        if loaded.kind != weights.VAE and loaded.prompts is None:
+            raise ValueError(
+                "output: a weights folder carries its prompts; give `positive` and `negative` for a released "
+                "file, `data` for a checkpoint"
+            )
+        weights.save_weights(
+            config.output, loaded.kind, loaded.shape, state, loaded.prompts, {"converted": loaded.facts}
+        )
+        return
+    if loaded.kind == weights.SWIN_MMDIT:
+        raise ValueError("output: only released models have single files; give the URL of a folder")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, posixpath.basename(config.output))
+        if path.endswith(".safetensors"):
+            name = "autoencoder" if loaded.kind == weights.VAE else "backbone"
+            checkpoints.write_tensors(path, state, {name: dataclasses.asdict(loaded.shape)})
+        else:
+            torch.save(state, path)
+        storage.put_file(path, config.output)
+
+
+def card(config: ConvertConfig, loaded: Loaded) -> str:
+    """The model card, in Markdown."""
+    initial = loaded.facts.get("training", {}).get("initial") or {}
+    released = config.kind is not None or initial.get("kind", "own") != "own"
+    licence = config.license or (RELEASED_LICENSE if released else "not stated")
+    parameters = sum(tensor.numel() for tensor in loaded.state.values())
+    lines = [
+        f"# {posixpath.basename(config.output.rstrip('/'))}",
+        "",
+        f"- licence: {licence}",
+        f"- source: {posixpath.basename(config.source.rstrip('/'))}",
+        *[f"- {name}: {json.dumps(value)}" for name, value in loaded.facts.items()],
+        f"- network: {loaded.kind}, {parameters:,} values in {len(loaded.state)} tensors",
+        f"- precision: {config.dtype}",
+        "- made by OpenSeedVR's `jobs.convert`",
+        "",
+        "Shape:",
+        "",
+        *[f"- `{name}`: {value}" for name, value in dataclasses.asdict(loaded.shape).items()],
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def run(config: ConvertConfig) -> None:
+    """Convert, and write the card: in a folder, or beside a file."""
+    with opened(config) as loaded:
+        write(config, loaded)
+        beside = (
+            f"{config.output}.md"
+            if weights.is_released_file(config.output)
+            else storage.join(config.output, CARD)
+        )
+        storage.write_bytes(beside, card(config, loaded).encode())
+        print(
+            f"{len(loaded.state)} tensors of a {loaded.kind} -> {config.output}\ncard: {beside}", flush=True
+        )

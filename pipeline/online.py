@@ -1,0 +1,119 @@
+"""Latents made while training: clips are decoded, degraded and encoded as their samples come (small data).
+
+With precompute's functions, so a sample's first epoch is what precompute would have stored, to the bit; each
+later epoch crops and degrades it anew. All of it depends on (seed, epoch, sample) alone: a resumed run sees
+the same. Every sample costs two encodings a step; precomputed latents cost them once.
+"""
+
+import dataclasses
+import threading
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig
+from pipeline import batches, bfloat16, precompute, sampling, schema, storage, text_stage, weights
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineConfig:
+    """What precompute would have been told."""
+
+    vae: str
+    """URL of a folder of trained autoencoder weights, or of the released autoencoder's file"""
+    buckets: list[sampling.Bucket]
+    """sizes that samples are cropped to"""
+    text: text_stage.TextConfig | None = None
+    """the text encoders that embed the captions, before training; exactly one of text and fixed_text"""
+    fixed_text: text_stage.FixedTextConfig | None = None
+    """one prompt for all clips, to fine-tune a released backbone"""
+    native: sampling.Native | None = None
+    """also samples of each clip's own size (null: none)"""
+    video_recipe: RecipeConfig = REALBASICVSR
+    """degradations of videos"""
+    image_recipe: RecipeConfig = REALESRGAN
+    """degradations of images"""
+
+    def __post_init__(self) -> None:
+        self.precompute("file:///", 0)  # checks all of it
+
+    def precompute(self, data_url: str, seed: int) -> precompute.PrecomputeConfig:
+        """The config that precompute would have had."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return precompute.PrecomputeConfig(data=data_url, seed=seed, **own)
+
+
+def write_texts(config: OnlineConfig, data_url: str, seed: int) -> None:
+    """Fill text/ of the kept clips where it is missing. Needs Ray; the driver calls it before training."""
+    weights.weights_hash(config.vae)  # says what is wrong with it
+    precompute.write_texts(config.precompute(data_url, seed), text_stage.KeptClips(data_url))
+
+
+def planned_samples(config: OnlineConfig, data_url: str, seed: int) -> dict[str, dict[str, Any]]:
+    """Precompute's planned rows by sample id; text/ must be there."""
+    kept = text_stage.KeptClips(data_url)
+    if config.text is not None:
+        kept.read_text_tokens(storage.join(data_url, schema.TEXT))
+    else:
+        kept.same_text(len(text_stage.read_texts(data_url).positive))  # type: ignore[union-attr]
+    rows = precompute.plan_rows(config.precompute(data_url, seed), kept)
+    return {row["sample_id"]: row for row in rows}
+
+
+def index_of(planned: dict[str, dict[str, Any]]) -> pa.Table:
+    """The index that their latents would have; every sample is a row group of its own."""
+    rows = [
+        schema.empty_row(
+            schema.INDEX_SCHEMA,
+            **{key: row[key] for key in schema.INDEX_SCHEMA.names if key in row},
+            media=row["clip"]["media"],
+            file="",
+            row_group=number,
+            row=0,
+            video_tokens=schema.video_tokens(row["num_frames"], row["height"], row["width"]),
+        )
+        for number, row in enumerate(planned.values())
+    ]
+    return pa.Table.from_pylist(rows, schema=schema.INDEX_SCHEMA)
+
+
+class OnlineReader:
+    """Makes samples' latents; reads their texts."""
+
+    def __init__(
+        self, config: OnlineConfig, data_url: str, seed: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._config, self._seed = config.precompute(data_url, seed), seed
+        self.planned = planned_samples(config, data_url, seed)
+        texts = batches.LatentReader(data_url)
+        self.texts, self.prompt = texts.texts, texts.prompt
+        self._vae = weights.load_vae(config.vae).to(device=device, dtype=dtype).eval()
+        self._lock = threading.Lock()  # one decoding process, and the thread that reads ahead is not alone
+        self._held_out: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def latents(self, row: dict[str, Any], epoch: int) -> tuple[Tensor, Tensor]:
+        """HQ and LQ latents of an index row in an epoch, each (T', H', W', 16) fp32, rounded to bf16.
+
+        Epochs below 0 are those of held-out samples: they are made once and kept. ValueError for a clip that
+        cannot be read.
+        """
+        with self._lock:
+            if epoch >= 0:
+                return self._made(row["sample_id"], epoch)
+            if row["sample_id"] not in self._held_out:
+                self._held_out[row["sample_id"]] = self._made(row["sample_id"], 0)
+            return self._held_out[row["sample_id"]]
+
+    def _made(self, sample_id: str, epoch: int) -> tuple[Tensor, Tensor]:
+        planned = self.planned[sample_id]
+        if epoch:
+            seed = schema.stable_hash(self._seed, "online", epoch, sample_id)
+            size = sampling.Bucket(planned["num_frames"], planned["height"], planned["width"])
+            planned = {**planned, "seed": seed, "crop": sampling.random_crop(planned["clip"], size, seed)}
+        pixels = precompute.prepare_sample(planned, self._config)
+        if "error" in pixels:
+            raise ValueError(f"online: {pixels['error']}; have the filter reject this clip")
+        columns = precompute.encode_pair(self._vae, pixels["hq"], pixels["lq"], planned["seed"])
+        return bfloat16.from_columns(columns, "hq_latent"), bfloat16.from_columns(columns, "lq_latent")

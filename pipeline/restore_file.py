@@ -1,0 +1,297 @@
+"""One video, image or image sequence -> its restored file: what an actor of `pipeline.restore` does per file.
+
+A video's restored frames go into a closed segment at every chunk; the end joins the segments with the
+source's sound, without encoding again (`pipeline.segments`, `pipeline.container`).
+"""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model import preprocess
+from pipeline import container, display, encoding, media, storage
+from pipeline.restorer import Restorer, RestoreStream
+from pipeline.sandbox import Sandbox
+from pipeline.segments import Segments
+
+_REPORT_EVERY_S = 10.0
+_PREVIEW_SIDE_PX = 960
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """How restored videos are written."""
+
+    codec: Literal["h264", "prores", "ffv1", "png"] = "h264"
+    """h264: for watching; prores: for editing (.mov, always 10 bits); ffv1: lossless video (.mkv), for
+    measuring; png: a folder of lossless pictures, without sound"""
+    bits: Literal[8, 10] = 8
+    """per channel; 10 also reads 10-bit sources unrounded (a png sequence then has 16)"""
+    crf: int = 16
+    """H.264's constant rate factor: lower is larger and better"""
+    container: Literal["mp4", "mkv"] = "mp4"
+    """of h264; sound or subtitles that mp4 cannot hold move that video to mkv"""
+
+    @property
+    def endings(self) -> list[str]:
+        """The containers to try, in this order."""
+        first = {"ffv1": "mkv", "prores": "mov"}.get(self.codec, self.container)
+        return [first, "mkv"]
+
+    @property
+    def deep(self) -> bool:
+        """Whether frames have more than 8 bits."""
+        return self.bits > 8 or self.codec == "prores"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A video to restore."""
+
+    about: media.Probe
+    frames: Callable[[int], Iterable[tuple[int, np.ndarray]]]
+    """(time stamp, frame) of all but the first so many frames"""
+    path: str | None = None
+    """the local file with the sound; None for an image sequence"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where one result and what belongs to it go; all are URLs without their endings."""
+
+    result: str
+    parts: str
+    preview: str | None
+    """a frame before and after, for preview.html"""
+    name: str
+    """for the progress lines"""
+
+
+def open_video(path: str, about: media.Probe, sandbox: Sandbox, deep: bool) -> Source:
+    """A video file, decoded in the sandbox."""
+
+    def frames(skip: int) -> Iterator[tuple[int, np.ndarray]]:
+        for stamp, frame in sandbox.stream(container.stamped_frames, path, skip, deep):
+            if frame is not None:
+                yield stamp, frame
+
+    return Source(about, frames, path)
+
+
+def open_sequence(urls: list[str], fps: float, sandbox: Sandbox, folder: str) -> Source:
+    """Images as the frames of a video; each is fetched when its turn comes."""
+
+    def picture(url: str) -> np.ndarray:
+        with storage.local_copy(url, folder) as path:
+            try:
+                return sandbox.call(media.load_image, path)
+            except ValueError as error:
+                raise ValueError(f"{os.path.basename(url)}: {error}") from None
+
+    rate = encoding.Fraction(fps).limit_denominator(1001)
+    height, width = picture(urls[0]).shape[:2]
+    about = media.Probe(
+        media="video", codec="sequence", pix_fmt="rgb24", bit_depth=8, width=width, height=height,
+        coded_size=(width, height), rotation=0, time_base=1 / rate, num_frames=len(urls), fps=rate,
+    )  # fmt: skip
+    return Source(about, lambda skip: ((i, picture(urls[i])) for i in range(skip, len(urls))))
+
+
+class Progress:
+    """One line now and then: frames, frames/s of this run, time left."""
+
+    def __init__(self, name: str, total: int, done: int) -> None:
+        """total: frames as the container says, 0 if it does not. done: by an earlier run."""
+        self._name, self._total, self._first = name, total, done
+        self._start = self._reported = time.monotonic()
+
+    def report(self, done: int, at_end: bool = False) -> None:
+        """done: frames so far, those of earlier runs included."""
+        now = time.monotonic()
+        if not at_end and now - self._reported < _REPORT_EVERY_S:
+            return
+        self._reported = now
+        rate = (done - self._first) / max(now - self._start, 1e-9)
+        line = f"{self._name}: {done}/{self._total or '?'} frames, {rate:.2f} frames/s"
+        if self._total > done and rate and not at_end:
+            left = int((self._total - done) / rate)
+            line += f", eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        print(line, flush=True)
+
+
+def restore_video(
+    restorer: Restorer,
+    source: Source,
+    size: tuple[int, int],
+    how: Encoding,
+    target: Target,
+    segments: Segments,
+    state: dict[str, Tensor] | None,
+    sandbox: Sandbox,
+    folder: str,
+) -> dict[str, Any]:
+    """Restore a video, going on from the `state` of an earlier job; its facts for the manifest."""
+    stream = RestoreStream(restorer, size, how.deep)
+    if state is not None:
+        stream.load_state_dict(state)
+    facts: dict[str, Any] = {"resumed_from_frame": stream.frames_out}
+    restore_pictures(restorer, stream, source, size, how, target, segments, folder)
+    facts["frames"] = stream.frames_out
+    if how.codec == "png":
+        facts["output"] = target.result
+    else:
+        ending, copied, left = how.endings[0], 0, 0
+        if source.path is not None:
+            ending, copied, left = sandbox.call(container.choose_ending, source.path, how.endings)
+        joined = os.path.join(folder, f"joined.{ending}")
+        start = source.about.start_pts * source.about.time_base
+        video = video_format(how, source.about, size)
+        facts |= {"output": f"{target.result}.{ending}", "streams_copied": copied, "streams_left": left}
+        with restorer.timed("write"):
+            for _ in sandbox.stream(container.join, source.path, segments.local(), video, start, joined):
+                pass
+            storage.put_file(joined, facts["output"])
+    segments.remove()
+    return facts
+
+
+def restore_pictures(
+    restorer: Restorer,
+    stream: RestoreStream,
+    source: Source,
+    size: tuple[int, int],
+    how: Encoding,
+    target: Target,
+    segments: Segments,
+    folder: str,
+) -> None:
+    """Write the segments that are missing, each frame at its source's time stamp."""
+    about = source.about
+    progress = Progress(target.name, about.num_frames, stream.frames_out)
+    preview = Preview(target.preview, about.num_frames // 2)
+    stamps: deque[int] = deque()  # of frames that are read but not yet written
+    path = os.path.join(folder, "segment." + ("mov" if how.codec == "prores" else "nut"))
+
+    def write(restored: Iterator[np.ndarray]) -> bool:
+        """One segment of all that is ready; False if nothing is."""
+        batch = next(restored, None)
+        if batch is None:
+            return False
+        first_pts, number = stamps[0], stream.frames_out - len(batch)
+        with contextlib.ExitStack() as open_files:
+            writer = open_writer(how, path, target.result, number, about, size)
+            open_files.enter_context(writer)
+            for frame in itertools.chain(batch, itertools.chain.from_iterable(restored)):
+                with restorer.timed("write"):
+                    writer.write(frame, stamps.popleft() - first_pts)
+                preview.after(number, frame)
+                number += 1
+            with restorer.timed("write"):
+                open_files.close()  # encoders hold back some dozens of frames
+                if how.codec != "png":
+                    segments.put(path, first_pts - about.start_pts)
+        progress.report(number)
+        return True
+
+    for number, (stamp, frame) in enumerate(
+        restorer.timed_items("read", source.frames(stream.frames_out)), stream.frames_out
+    ):
+        stamps.append(stamp)
+        preview.before(number, frame)
+        if write(stream.push(frame)):
+            with restorer.timed("write"):
+                segments.save(stream.state_dict)
+    write(stream.finish())
+    progress.report(stream.frames_out, at_end=True)
+
+
+def video_format(how: Encoding, about: media.Probe, size: tuple[int, int]) -> encoding.VideoFormat:
+    """Of the restored video: as `how` says, with the rate, time base and colours of the source."""
+    assert how.codec != "png"
+    colours = encoding.Colours.of(about)
+    return encoding.VideoFormat(
+        about.fps, size[1], size[0], how.codec, how.bits, how.crf, colours, about.time_base
+    )
+
+
+def open_writer(
+    how: Encoding, path: str, result: str, number: int, about: media.Probe, size: tuple[int, int]
+) -> "encoding.VideoWriter | PictureWriter":
+    """A segment's writer; `number` is its first frame's."""
+    if how.codec == "png":
+        return PictureWriter(result, number)
+    return encoding.VideoWriter(path, **vars(video_format(how, about, size)))
+
+
+class PictureWriter:
+    """Writes frames as numbered PNG files, straight to their final place."""
+
+    def __init__(self, url: str, number: int) -> None:
+        self._url, self._number = url, number
+
+    def __enter__(self) -> "PictureWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, frame: np.ndarray, pts: int) -> None:
+        """The next frame; a folder of pictures has no time stamps, so `pts` is left out."""
+        self._number += 1
+        storage.write_bytes(storage.join(self._url, f"{self._number:08d}.png"), encoding.png(frame))
+
+
+class Preview:
+    """Keeps one frame before and after, as small JPEG files for preview.html."""
+
+    def __init__(self, url: str | None, number: int) -> None:
+        """url: of the two files without `_lq.jpg` and `_restored.jpg`; None: none is wanted."""
+        self._url, self._number = url, number
+
+    def before(self, number: int, frame: np.ndarray) -> None:
+        self._keep(number, frame, "lq")
+
+    def after(self, number: int, frame: np.ndarray) -> None:
+        self._keep(number, frame, "restored")
+
+    def _keep(self, number: int, frame: np.ndarray, which: str) -> None:
+        if self._url is None or number != self._number:
+            return
+        eight = frame if frame.dtype == np.uint8 else (frame >> 8).astype(np.uint8)
+        sink = io.BytesIO()
+        Image.fromarray(display.shrink(eight, _PREVIEW_SIDE_PX)).save(sink, format="JPEG", quality=92)
+        storage.write_bytes(f"{self._url}_{which}.jpg", sink.getvalue())
+
+
+def restore_image(
+    restorer: Restorer, path: str, size: tuple[int, int], target: Target, sandbox: Sandbox
+) -> dict[str, Any]:
+    """Restore a still picture; its transparency is enlarged beside it, a grey one stays grey."""
+    picture, alpha, grey = sandbox.call(media.load_image_parts, path)
+    (batch,) = restorer.restore([picture], size)
+    restored = batch[0]
+    preview = Preview(target.preview, 0)
+    preview.before(0, picture)
+    preview.after(0, restored)
+    if grey:
+        restored = cv2.cvtColor(restored, cv2.COLOR_RGB2GRAY)
+    if alpha is not None:
+        unit = torch.from_numpy(alpha)[None, None].float() / 255
+        mask = (preprocess.resize(unit, *size)[0, 0] * 255).round().to(torch.uint8).numpy()
+        colours = cv2.cvtColor(restored, cv2.COLOR_GRAY2RGB) if grey else restored
+        restored = np.dstack([colours, mask])
+    url = f"{target.result}.png"
+    storage.write_bytes(url, encoding.png(restored))
+    return {"output": url, "frames": 1}

@@ -1,0 +1,256 @@
+"""What the autoencoder's training minimises, and one step of its two DeepSpeed engines.
+
+The autoencoder: L1 + LPIPS + KL, and the hinge loss of a discriminator times a weight that makes its
+gradient at the decoder's last layer as long as the others' (Esser et al. 2021, equation 7). Every term is
+a mean over the crops of all workers, however they are spread over workers and lengths.
+"""
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model import checkpoints, losses
+from model.discriminator import DiscriminatorConfig
+from model.lpips import Lpips, video_lpips
+from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
+from pipeline import storage, training
+
+VGG_FILE, HEADS_FILE = "vgg16-397923af.pth", "vgg.pth"
+"""The published files of LPIPS, by their published names: torchvision's VGG16 and lpips v0.1's heads."""
+_HUB = {  # URL and the file's name in torch's hub cache, whose end is the start of its sha256
+    VGG_FILE: ("https://download.pytorch.org/models/vgg16-397923af.pth", "vgg16-397923af.pth"),
+    HEADS_FILE: (
+        "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
+        "lpips-vgg-a78928a0af1e5f0f.pth",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversarialConfig:
+    """The discriminator, and from when on and how much it counts."""
+
+    discriminator: DiscriminatorConfig
+    """its shape"""
+    weight: float
+    """times the adaptive weight: 1 makes the discriminator's gradient as long as the reconstruction's"""
+    learning_rate: float
+    """of the discriminator, with its own warm-up of `optimiser.warmup_steps`"""
+    start_step: int
+    """step of the run, over all stages, at which the discriminator begins to train"""
+    warmup_steps: int
+    """steps that it trains alone before its loss counts: a cold discriminator drives training apart"""
+    betas: tuple[float, float] = (0.5, 0.9)
+    """of the discriminator's AdamW (Esser et al. 2021); clipping is the autoencoder's, weight decay none"""
+
+    def trains(self, step: int) -> bool:
+        """Whether the discriminator is trained in this step of the run."""
+        return step >= self.start_step
+
+    def counts(self, step: int) -> bool:
+        """Whether its loss is part of the autoencoder's in this step of the run."""
+        return step >= self.start_step + self.warmup_steps
+
+
+# -- the perceptual network -----------------------------------------------------------------------------
+
+
+def check_perceptual(perceptual: str, key: str = "perceptual") -> None:
+    """ValueError, naming the config's `key`, unless it is "none", "hub" or a folder that holds both files."""
+    if perceptual in ("none", "hub"):
+        return
+    storage.check_url(perceptual, f'{key} (or the words "none" or "hub")')
+    for name in (VGG_FILE, HEADS_FILE):
+        if not storage.exists(storage.join(perceptual, name)):
+            raise ValueError(f"{key}: {perceptual} has no {name}; put both published files of LPIPS there")
+
+
+def load_perceptual(perceptual: str) -> Lpips | None:
+    """The network that the config's `perceptual` names, on the CPU; None for "none"."""
+    if perceptual == "none":
+        return None
+    read = _from_hub if perceptual == "hub" else _from_folder
+    return checkpoints.build_lpips(read(perceptual, VGG_FILE), read(perceptual, HEADS_FILE), perceptual)
+
+
+def _from_folder(url: str, name: str) -> dict[str, Tensor]:
+    with tempfile.TemporaryDirectory() as folder, storage.local_copy(storage.join(url, name), folder) as path:
+        return checkpoints.read_tensors(path)
+
+
+def _from_hub(_: str, name: str) -> dict[str, Tensor]:
+    url, cached_name = _HUB[name]
+    return torch.hub.load_state_dict_from_url(
+        url, map_location="cpu", check_hash=True, file_name=cached_name, weights_only=True
+    )
+
+
+# -- the autoencoder's pass -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The crops of one length among a rank's batch."""
+
+    video: Tensor
+    """(B, 3, T, H, W) fp32 in [-1, 1]"""
+    noise: Tensor
+    """(B, 16, T', H', W') fp32, for the posterior's sample"""
+    share: float
+    """B over all crops of the rank's batch"""
+
+
+def latent_noise(config: AutoencoderConfig, video: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise of the shape of the video's latent."""
+    batch, _, frames, height, width = video.shape
+    shape = (batch, config.latent_channels, *config.latent_shape(frames, height, width))
+    return torch.randn(shape, generator=generator).to(video)
+
+
+class Pass(nn.Module):
+    """Encode, sample the posterior with the given noise, decode: the reconstruction and both moments."""
+
+    def __init__(self, vae: CausalVideoAutoencoder) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, video: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        mean, log_variance = self.vae.encode(video)
+        z = mean + torch.exp(0.5 * log_variance) * noise
+        return {"video": self.vae.decode_unscaled(z), "mean": mean, "log_variance": log_variance}
+
+
+def reconstruction_terms(
+    output: Mapping[str, Tensor], video: Tensor, perceptual: Lpips | None
+) -> dict[str, Tensor]:
+    """Means over the crops of one length. The KL is a sum over a crop's latent, divided by its pixels."""
+    mean, log_variance = output["mean"].float(), output["log_variance"].float()
+    terms = {
+        "l1": losses.l1(output["video"], video),
+        "kl": losses.kl_divergence(mean, log_variance).sum() / video.numel(),
+        "latent_variance": (mean.square() + log_variance.exp()).mean().detach(),  # about zero
+    }
+    if perceptual is not None:
+        terms["perceptual"] = video_lpips(perceptual, output["video"], video)
+    return terms
+
+
+def over_groups(groups: Sequence[Group], terms: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Each term's mean over all crops of this rank."""
+    return {
+        name: torch.stack([group.share * own[name] for group, own in zip(groups, terms, strict=True)]).sum()
+        for name in terms[0]
+    }
+
+
+# -- both engines ---------------------------------------------------------------------------------------
+
+
+class Objective:
+    """One step moves both engines once: the autoencoder's, then the discriminator's.
+
+    In the autoencoder's step nothing goes through an engine's forward: it could not be differentiated
+    twice, and the discriminator's own would take gradients that are not its (ZeRO-2 stops there, ZeRO-1
+    goes on with wrong ones). So both networks are called as plain modules, the discriminator's frozen.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Any,
+        perceptual: Lpips | None,
+        discriminator: Any | None,
+        kl_weight: float,
+        perceptual_weight: float,
+        adversarial: AdversarialConfig | None,
+    ) -> None:
+        assert (discriminator is None) == (adversarial is None)
+        self.autoencoder, self.perceptual, self.discriminator = autoencoder, perceptual, discriminator
+        self.kl_weight, self.perceptual_weight, self.adversarial = kl_weight, perceptual_weight, adversarial
+        self.dtype = next(autoencoder.module.parameters()).dtype
+
+    def step(self, number: int, groups: Sequence[Group]) -> dict[str, float]:
+        """Step `number` of the run (from 0) on this rank's crops; the terms' means over all ranks.
+
+        FloatingPointError, before anything is saved, if a loss or a gradient is no longer finite.
+        """
+        adversarial = self.adversarial
+        outputs = [
+            self.autoencoder.module(group.video.to(self.dtype), group.noise.to(self.dtype))
+            for group in groups
+        ]
+        terms = self._autoencoder_step(number, groups, outputs)
+        if adversarial is not None:
+            if adversarial.trains(number):
+                fakes = [output["video"].detach() for output in outputs]
+                terms |= self._discriminator_step(number, groups, fakes)
+            terms["gan"] = float(adversarial.counts(number))
+        return terms
+
+    def _autoencoder_step(
+        self, number: int, groups: Sequence[Group], outputs: Sequence[Mapping[str, Tensor]]
+    ) -> dict[str, float]:
+        each = [
+            reconstruction_terms(output, group.video, self.perceptual)
+            for group, output in zip(groups, outputs, strict=True)
+        ]
+        terms = over_groups(groups, each)
+        reconstruction = terms["l1"]
+        if self.perceptual is not None:
+            reconstruction = reconstruction + self.perceptual_weight * terms["perceptual"]
+        loss = terms["loss"] = reconstruction + self.kl_weight * terms["kl"]
+        if self.adversarial is not None and self.adversarial.counts(number):
+            terms["generator"] = self._generator_loss(groups, outputs)
+            layer = self.autoencoder.module.vae.decoder.last_layer
+            norms = losses.gradient_norms(reconstruction, terms["generator"], layer)
+            norms = training.all_reduced(norms) / training.world_size()
+            terms["adaptive_weight"] = self.adversarial.weight * losses.adaptive_weight(norms)
+            loss = loss + terms["adaptive_weight"] * terms["generator"]
+        return self._finish(self.autoencoder, number, loss, terms)
+
+    def _generator_loss(self, groups: Sequence[Group], outputs: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        assert self.discriminator is not None
+        judge = self.discriminator.module.requires_grad_(False)
+        each = [{"generator": losses.generator_hinge(judge(output["video"]).float())} for output in outputs]
+        judge.requires_grad_(True)  # the graph just built keeps it frozen
+        return over_groups(groups, each)["generator"]
+
+    def _discriminator_step(
+        self, number: int, groups: Sequence[Group], fakes: Sequence[Tensor]
+    ) -> dict[str, float]:
+        assert self.discriminator is not None and self.adversarial is not None
+        each = []
+        for group, fake in zip(groups, fakes, strict=True):
+            both = torch.cat([group.video.to(fake.dtype), fake])
+            real_logits, fake_logits = self.discriminator.module(both).float().chunk(2)
+            each.append(
+                {
+                    "discriminator": losses.discriminator_hinge(real_logits, fake_logits),
+                    "generator": losses.generator_hinge(fake_logits).detach(),
+                }
+            )
+        terms = over_groups(groups, each)
+        return self._finish(self.discriminator, number, terms["discriminator"], terms)
+
+    def _finish(self, engine: Any, number: int, loss: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
+        """One backward and one optimiser step; the terms over all ranks. All ranks see the same numbers,
+        so all of them stop if one is not finite."""
+        own = torch.stack([term.detach().float() for term in terms.values()])
+        means = training.all_reduced(own) / training.world_size()
+        found = dict(zip(terms, means.tolist(), strict=True))
+        if all(map(math.isfinite, found.values())):
+            engine.backward(loss)
+            engine.step()
+            norm = float(engine.get_global_grad_norm())
+            if 0 <= norm < math.inf:  # DeepSpeed gives -1 or infinity where one is not finite
+                return found
+            found["gradient norm"] = norm
+        told = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+        raise FloatingPointError(
+            f"step {number + 1}: a loss or its gradient is not finite ({told}); the checkpoints are from "
+            "before it: start again with a lower learning_rate, or another seed to pass over these crops"
+        )

@@ -1,0 +1,158 @@
+"""The paper's tables 3 and 4: window sizes over time per iteration, and over quality after equal steps.
+
+Trains the transformer of a `train_dit` config once for each window size, everything else equal, and reads
+what each run says of itself: median seconds per iteration (the first steps left out) and the held-out loss
+after the last step. With `pairs`, each is also tried on a benchmark of `jobs.pairs`: restored in one step and
+measured as `jobs.evaluate` does. Started again, a run goes on from its newest checkpoint.
+"""
+
+import dataclasses
+import re
+import statistics
+from typing import Any
+
+from model.windows import WindowSize
+from pipeline import evaluate, evaluate_tables, pairs, restore, stage, storage, train_dit, training
+from pipeline.backbones import ModelConfig
+from pipeline.restore_file import Encoding
+from pipeline.restorer import Sampling
+from pipeline.scores import published
+from pipeline.scores.perceptual import LearnedMetrics
+
+RESULTS = "windows"
+_WARM_UP_STEPS = 3
+_WINDOW = re.compile(r"(\d+)x(\d+|full)(?:x(\d+))?")
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowStudyConfig:
+    """What `jobs.window_study` reads."""
+
+    training: train_dit.TrainDitConfig
+    """the run that is repeated; its windows and output are replaced"""
+    windows: list[str]
+    """window sizes in latent pixels, such as 5x64x64, 1x8x8, 3xfull (the paper's names)"""
+    output: str
+    """absolute URL; each run has a folder of its window's name there, the tables lie beside them"""
+    pairs: str | None = None
+    """absolute URL of a folder of jobs.pairs, to restore and measure (null: time and held-out loss only)"""
+    vae: str | None = None
+    """URL of the autoencoder's weights, with `pairs`"""
+    sampling: Sampling = dataclasses.field(default_factory=lambda: Sampling(steps=1))
+    """how the pairs are restored"""
+    learned: LearnedMetrics = dataclasses.field(default_factory=LearnedMetrics)
+    """weights of learned metrics; the paper's table 4 is DOVER"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output", storage.check_url(self.output, "output"))
+        if self.training.model is None:
+            raise ValueError("training.model: the window is part of the shape; give a shape, not `initial`")
+        if not self.windows:
+            raise ValueError("windows: empty; name at least one, such as 5x64x64")
+        for window in self.windows:
+            training_of(self, window)  # says what is wrong with it
+        if (self.pairs is None) != (self.vae is None):
+            raise ValueError("pairs, vae: to restore, give both")
+
+
+def window_size(name: str) -> WindowSize:
+    """(frames, height, width) in latent pixels of "5x64x64" or "3xfull"; ValueError for anything else."""
+    found = _WINDOW.fullmatch(name)
+    if found is None or (found[2] == "full") != (found[3] is None):
+        raise ValueError(f"windows: {name!r} is no window; write 5x64x64 or 3xfull")
+    if found[2] == "full":
+        return int(found[1]), "full", "full"
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+def training_of(config: WindowStudyConfig, window: str) -> train_dit.TrainDitConfig:
+    """The run of one window size."""
+    model = config.training.model
+    assert model is not None
+    return dataclasses.replace(
+        config.training,
+        model=dataclasses.replace(model, windows=(window_size(window),)),
+        output=storage.join(config.output, window),
+    )
+
+
+def measure_training(url: str) -> dict[str, Any]:
+    """Seconds per iteration and held-out loss, from a run's history."""
+    history = storage.read_json(storage.join(url, "weights", train_dit.NAME, training.HISTORY))
+    last = history["steps"][-1]["stage"]
+    seconds = [step["seconds"] for step in history["steps"] if step["stage"] == last][_WARM_UP_STEPS:]
+    return {
+        "seconds_per_iteration": statistics.median(seconds) if seconds else None,
+        "steps": len(history["steps"]),
+        "held_out_loss": history["held_out"][-1]["after"],
+    }
+
+
+def measure_quality(config: WindowStudyConfig, window: str) -> dict[str, Any]:
+    """Metrics of the restored pairs: mean of each."""
+    assert config.pairs is not None and config.vae is not None
+    root = storage.join(config.output, window)
+    model = ModelConfig(storage.join(root, "weights", train_dit.NAME), vae=config.vae)
+    low_quality, restored = storage.join(config.pairs, pairs.LQ), storage.join(root, "restored")
+    restore.run(
+        restore.RestoreConfig(
+            input=low_quality,
+            output=restored,
+            model=model,
+            sampling=config.sampling,
+            encoding=Encoding(codec="ffv1"),
+            previews=0,
+        )
+    )
+    evaluation = evaluate.EvaluateConfig(
+        methods={window: restored},
+        output=storage.join(root, "evaluation"),
+        truth=storage.join(config.pairs, pairs.HQ),
+        learned=config.learned,
+    )
+    evaluate.run(evaluation)
+    result = storage.read_json(storage.join(evaluation.output, f"{evaluate.RESULTS}.json"))
+    return {metric: result["means"][0][metric]["mean"] for metric in evaluation.metrics}
+
+
+def published_number(table: int, window: str) -> float | None:
+    """What the paper's table 3 or 4 has for a window."""
+    rows = (row for row in published.numbers() if row["table"] == table and row["method"] == window)
+    return next((row["value"] for row in rows), None)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Both tables in one, the paper's numbers beside ours."""
+    metrics = [name for name in evaluate_tables.TITLES if any(name in row for row in rows)]
+    head = ["window", "s/iteration", "paper's table 3", "steps", "held-out loss"]
+    head += [*(evaluate_tables.TITLES[name] for name in metrics), "paper's table 4 (DOVER x100)"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for row in rows:
+        cells = [_text(row["seconds_per_iteration"], 3), _text(published_number(3, row["window"]), 2)]
+        cells += [str(row["steps"]), _text(row["held_out_loss"], 4)]
+        cells += [evaluate_tables.value_text(row.get(name), name) for name in metrics]
+        cells.append(_text(published_number(4, row["window"]), 3))
+        lines.append(f"| {row['window']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _text(value: float | None, decimals: int) -> str:
+    return "–" if value is None else f"{value:.{decimals}f}"
+
+
+def run(config: WindowStudyConfig) -> stage.Summary:
+    """Every window in turn; the tables are written anew after each."""
+
+    def work(summary: stage.Summary) -> None:
+        rows: list[dict[str, Any]] = []
+        for window in config.windows:
+            one = training_of(config, window)
+            train_dit.run(one)
+            row = {"window": window, **measure_training(one.output)}
+            rows.append(row | (measure_quality(config, window) if config.pairs is not None else {}))
+            storage.write_json(storage.join(config.output, f"{RESULTS}.json"), rows)
+            storage.write_bytes(storage.join(config.output, f"{RESULTS}.md"), markdown(rows).encode())
+        print(markdown(rows), flush=True)
+        summary.rows_in = summary.rows_kept = len(rows)
+
+    return stage.run_stage("window_study", config.output, work)

@@ -1,0 +1,105 @@
+"""A small training with DeepSpeed on some ranks of this machine, without Ray."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+from torch import nn
+
+from pipeline import training
+from pipeline.checkpoint import Checkpoints
+from pipeline.faults import FaultConfig, StepGuard
+from pipeline.train_state import MovingAverage
+
+OPTIMISER = training.OptimiserConfig(weight_decay=0.1, ema_decay=0.9)
+SAMPLES = 8
+
+
+class Net(nn.Module):
+    """Odd sizes, so that hardly a parameter falls whole into one rank's share; and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(7, 13), nn.SiLU(), nn.Linear(13, 5), nn.SiLU(), nn.Linear(5, 1))
+        self.register_buffer("centre", torch.tensor([0.25]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x - self.centre)
+
+
+@contextlib.contextmanager
+def process_group(store: str, rank: int = 0, world: int = 1) -> Iterator[None]:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class Run:
+    """One rank's training, from where its URL stands."""
+
+    def __init__(self, url: str, stage: int = 2, offload: bool = False, **faults: Any) -> None:
+        world = dist.get_world_size()
+        scale = training.ScaleConfig(num_workers=world, zero_stage=stage, offload_optimiser=offload)
+        self.engine = training.make_engine(Net(), scale, OPTIMISER, accumulation=2 // world)
+        self.average = MovingAverage(self.engine, OPTIMISER.ema_decay)
+        self.checkpoints = Checkpoints(url, "net", {"net": self.engine}, {"net": self.average}, 2, 0)
+        self.state = self.checkpoints.resume({"step": 0, "losses": []})
+        self.guard = StepGuard(self.engine, FaultConfig(**faults), self.state)
+
+    def step(self, factor: float = 1.0) -> None:
+        """factor: of the loss."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        x = torch.randn(SAMPLES, 7, generator=torch.Generator().manual_seed(self.state["step"]))
+        training.set_learning_rate(self.engine, 0.02)
+        loss = torch.zeros(())
+        for share in x.chunk(2)[rank::world]:
+            part = (self.engine(share).squeeze(1) - share.sin().sum(dim=1)).square().mean()
+            loss += part.detach() / 2
+            self.engine.backward(part * factor)
+            self.engine.step()
+        if self.guard.took_step():
+            self.average.update(self.state["step"])
+        self.state["losses"].append(float(training.all_reduced(loss)))
+        self.state["step"] += 1
+
+    def train(self, steps: int, every: int = 3) -> "Run":
+        """Up to `steps` in all, with a save every `every`."""
+        while self.state["step"] < steps:
+            self.step()
+            if self.state["step"] % every == 0:
+                self.checkpoints.save(self.state)
+        return self
+
+    def result(self) -> tuple[list[float], dict[str, torch.Tensor]]:
+        """Every step's loss, and the moving average."""
+        return self.state["losses"], self.average.collected()
+
+
+def _rank(rank: int, world: int, folder: str, work: Any, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    with process_group(f"{folder}/store", rank, world):
+        found = work(*arguments)
+        if rank == 0:
+            Path(folder, "found.json").write_text(json.dumps(found))
+
+
+def on_ranks(world: int, folder: Path, work: Any, *arguments: Any) -> Any:
+    """What `work` gives on rank 0 of a fresh group of processes, through JSON."""
+    folder.mkdir(parents=True)
+    processes.spawn(_rank, (world, str(folder), work, arguments), nprocs=world)
+    return json.loads((folder / "found.json").read_text())

@@ -1,0 +1,69 @@
+"""Released checkpoints at tiny widths: the real structure and names, seeded random weights."""
+
+from pathlib import Path
+
+import torch
+
+from model import checkpoints
+from model.nadit import NaDiT, NaDiTConfig
+from model.vae.autoencoder import CausalVideoAutoencoder
+from pipeline.backbones import ModelConfig
+from tests.pipeline import tiny_models
+
+TEXT_DIM = 24
+SHAPES = {
+    size: NaDiTConfig(
+        kind=size,
+        num_layers=3,
+        num_heads=2,
+        head_dim=16,
+        width=32,
+        patch=(1, 2, 2),
+        in_channels=33,
+        out_channels=16,
+        text_dim=TEXT_DIM,
+        mlp_ratio=4,
+        separate_layers=1 if size == "3b" else 3,
+        rotary_dim=16 if size == "3b" else 8,
+        windows=(4, 3, 3),
+    )
+    for size in ("3b", "7b")
+}  # type: ignore[misc]
+KINDS = ("seedvr-3b", "seedvr-7b", "seedvr2-3b", "seedvr2-7b")
+
+
+def save_backbone(path: Path, kind: str) -> str:
+    """A random backbone in fp16, as the community ships them, with its shape in the header; its URL."""
+    torch.manual_seed(2)
+    checkpoints.save_backbone(path, NaDiT(SHAPES[kind[-2:]]).half(), {})
+    return f"file://{path}"
+
+
+def save_vae(path: Path) -> str:
+    """A random autoencoder as one file, like `ema_vae`; its URL."""
+    torch.manual_seed(0)
+    checkpoints.save_autoencoder(path, CausalVideoAutoencoder(tiny_models.VAE), {})
+    return f"file://{path}"
+
+
+def save_prompts(folder: Path) -> tuple[str, str]:
+    """Two prompt tensors as released: bf16, bare, of different lengths; their URLs."""
+    torch.manual_seed(3)
+    urls = []
+    for name, tokens in (("pos_emb.pt", 6), ("neg_emb.pt", 7)):
+        torch.save(torch.randn(tokens, TEXT_DIM).bfloat16(), folder / name)
+        urls.append(f"file://{folder / name}")
+    return urls[0], urls[1]
+
+
+def model_config(folder: Path, kind: str, **changes) -> ModelConfig:
+    """All files of a released model, and the config that names them."""
+    positive, negative = save_prompts(folder)
+    values = {
+        "weights": save_backbone(folder / f"{kind}.safetensors", kind),
+        "vae": save_vae(folder / "ema_vae.safetensors"),
+        "kind": kind,
+        "positive": positive,
+        "negative": negative,
+    }
+    return ModelConfig(**{**values, **changes})

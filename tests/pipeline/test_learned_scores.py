@@ -1,0 +1,217 @@
+"""Scores by networks in the filter: who gets them, what is computed again, what a user may get wrong."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipeline import filter as filter_stage
+from pipeline import schema, storage
+from pipeline.filter import FilterConfig, Threshold
+from pipeline.scores import scorers
+from pipeline.scores.scorers import ScorersConfig
+from tests.pipeline.data_root import MEDIA, make_data_root
+
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+RN = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 4, "patch_size": None}
+VIT = {"image_size": 224, "layers": 1, "width": 64, "head_width": 32, "patch_size": 112}
+
+
+def tiny_clip(folder: Path, embed_dim: int, vision: dict, seed: int) -> str:
+    """A CLIP with random weights in a folder, as open_clip reads it."""
+    folder.mkdir()
+    config = {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": TEXT, "quick_gelu": True}
+    torch.manual_seed(seed)
+    clip = open_clip.CLIP(**{**config, "vision_cfg": open_clip.CLIPVisionCfg(**vision)})
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("clips")
+    return {
+        "clip_iqa": tiny_clip(root / "rn", 32, RN, seed=1),
+        "other": tiny_clip(root / "other", 32, RN, seed=2),
+        "aesthetic": tiny_clip(root / "vit", 768, VIT, seed=3),
+    }
+
+
+def rows(data: str) -> dict[str, dict[str, dict]]:
+    """learned_scores/: scorer -> clip id -> row."""
+    found: dict[str, dict[str, dict]] = {}
+    root = storage.join(data, schema.LEARNED)
+    for file in storage.parquet_files(root):
+        folder = file.removeprefix(root + "/").split("/")[0]
+        for row in storage.read_table(file).to_pylist():
+            for maker in scorers.makers(folder):
+                assert row["clip_id"] not in found.setdefault(maker, {}), "twice"
+                found[maker][row["clip_id"]] = row
+    return found
+
+
+def selection(data: str) -> dict[str, dict]:
+    table = storage.read_folder(storage.join(data, schema.SELECTION))
+    assert table is not None
+    return {row["clip_id"]: row for row in table.to_pylist()}
+
+
+def file_times(data: str) -> dict[str, int]:
+    files = storage.parquet_files(storage.join(data, schema.LEARNED))
+    return {file: Path(storage.path_of(file)).stat().st_mtime_ns for file in files}
+
+
+@pytest.mark.slow
+def test_only_what_passes_is_scored_and_only_what_lacks_is_computed(tmp_path, local_ray, clips):
+    names = ["cup.mp4", "city.mp4", "fig.jpg", "sintel.mp4"]
+    data = make_data_root(tmp_path, names, [], frames=8)
+    ids = {name: schema.stable_id(name) for name in names}
+    exposures = {}
+    filter_stage.run(FilterConfig(data=data, thresholds={}, niqe_frames=0))
+    scored = storage.read_folder(storage.join(data, schema.SCORES))
+    assert scored is not None
+    exposures = {row["clip_id"]: row["exposure"] for row in scored.to_pylist()}
+    ordered = sorted(exposures, key=lambda clip: exposures[clip])
+    strict, loose = exposures[ordered[2]], exposures[ordered[1]]
+
+    def config(least: float, networks: ScorersConfig, **more) -> FilterConfig:
+        limits = {"exposure": Threshold(min=least), "clip_iqa": Threshold(min=0.0)}
+        return FilterConfig(data=data, thresholds=limits, scorers=networks, niqe_frames=0, **more)
+
+    one = ScorersConfig(clip_iqa=clips["clip_iqa"], frames=2)
+    summary = filter_stage.run(config(strict, one))
+    (maker,) = rows(data)
+    assert maker.startswith("clip_iqa-") and set(rows(data)[maker]) == set(ordered[2:])
+    first = rows(data)[maker]
+    assert all(0 < row["clip_iqa"] < 1 and row["musiq"] is None for row in first.values())
+    assert summary.rows_kept == 2 and summary.details["clips without learned scores yet"] == 0
+    shown = storage.read_bytes(summary.details["histograms"]).decode()
+    assert "<h2>clip_iqa</h2>" in shown and "<h2>musiq</h2>" not in shown
+
+    times = file_times(data)
+    summary = filter_stage.run(config(loose, one, rethreshold=True))
+    assert summary.details["clips without learned scores yet"] == 1 and file_times(data) == times
+    assert selection(data)[ordered[1]]["reject_reason"] == "learned scores not computed yet"
+    assert summary.rows_kept == 2
+
+    summary = filter_stage.run(config(loose, one))
+    assert summary.rows_kept == 3 and set(rows(data)[maker]) == set(ordered[1:])
+    assert {clip: rows(data)[maker][clip] for clip in first} == first
+    assert {file: time for file, time in file_times(data).items() if file in times} == times
+
+    # Another scorer is computed alone, of images too; other weights replace only their own scores.
+    both = ScorersConfig(clip_iqa=clips["clip_iqa"], aesthetic=clips["aesthetic"], frames=2)
+    filter_stage.run(config(loose, both))
+    made = rows(data)
+    (beauty,) = set(made) - {maker}
+    assert set(made[beauty]) == set(ordered[1:])
+    assert all(row["aesthetic"] is not None and row["clip_iqa"] is None for row in made[beauty].values())
+    changed = ScorersConfig(clip_iqa=clips["other"], aesthetic=clips["aesthetic"], frames=2)
+    filter_stage.run(config(loose, changed))
+    (anew,) = set(rows(data)) - {maker, beauty}
+    assert set(rows(data)[anew]) == set(ordered[1:]) and rows(data)[beauty] == made[beauty]
+    assert any(rows(data)[anew][c]["clip_iqa"] != first[c]["clip_iqa"] for c in first)
+
+    # A threshold that the scores of the present weights fail, and not those of the former ones.
+    values = [row["clip_iqa"] for row in rows(data)[anew].values()]
+    limits = {"clip_iqa": Threshold(max=float(np.median(values)))}
+    last = FilterConfig(data=data, thresholds=limits, scorers=changed, niqe_frames=0, rethreshold=True)
+    rejected = {
+        c for c, row in selection_of(last).items() if "clip_iqa too high" in (row["reject_reason"] or "")
+    }
+    assert rejected == {c for c, row in rows(data)[anew].items() if row["clip_iqa"] > np.median(values)}
+    assert ids["fig.jpg"] in exposures
+
+
+def selection_of(config: FilterConfig) -> dict[str, dict]:
+    filter_stage.run(config)
+    return selection(config.data)
+
+
+def test_a_clip_that_cannot_be_read_any_more_is_an_error_row(tmp_path, local_ray, clips):
+    data = make_data_root(tmp_path, ["cup.mp4"], [], frames=4)
+    networks = ScorersConfig(clip_iqa=clips["clip_iqa"], frames=2)
+    filter_stage.run(FilterConfig(data=data, thresholds={}, niqe_frames=0))
+    file = storage.join(data, schema.CLIPS, "part-0.parquet")
+    table = storage.read_table(file)
+    gone = table.set_column(1, "uri", [[f"file://{tmp_path}/gone.mp4"]])
+    storage.write_table(file, [gone.cast(schema.CLIPS_SCHEMA)], schema.CLIPS_SCHEMA)
+    filter_stage.run(FilterConfig(data=data, thresholds={}, scorers=networks, niqe_frames=0))
+    (row,) = selection(data).values()
+    assert not row["keep"] and row["reject_reason"].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "networks, told",
+    [
+        ({"musiq": "file:///nowhere/koniq_ckpt.npz"}, "scorers.musiq: there is no file"),
+        ({"fast_vqa": "weights/fast.pth"}, "scorers.fast_vqa: .* is relative"),
+        ({"clip_iqa": "/nowhere/at/all"}, "scorers.clip_iqa: /nowhere/at/all is neither a folder nor"),
+        ({"frames": 0}, "scorers.frames: 0; it must be at least 1"),
+    ],
+)
+def test_missing_weights_stop_the_job_in_one_line_before_ray(tmp_path, networks, told):
+    with pytest.raises(ValueError, match=told) as error:
+        config = FilterConfig(
+            data=make_data_root(tmp_path, ["fig.jpg"], []), thresholds={}, scorers=ScorersConfig(**networks)
+        )
+        filter_stage.run(config)
+    assert "\n" not in str(error.value)
+
+
+def test_a_threshold_without_its_scorer_is_named():
+    with pytest.raises(ValueError, match=r"thresholds\.dover_overall: set scorers\.dover to its weights"):
+        FilterConfig(data="file:///x", thresholds={"dover_overall": Threshold(min=0.5)})
+
+
+def test_fingerprints_follow_weights_and_sampling_but_no_threshold(tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"one")
+    (tmp_path / "b.npz").write_bytes(b"one")
+    url = f"file://{tmp_path}"
+
+    def made_by(**changes) -> str:
+        return scorers.fingerprints(ScorersConfig(**{"musiq": f"{url}/a.npz", **changes}))["musiq"]
+
+    assert made_by() == made_by(musiq=f"{url}/b.npz") == made_by(actors=3, clips_per_shard=5)
+    assert made_by() != made_by(frames=3)
+    before = made_by()
+    (tmp_path / "a.npz").write_bytes(b"two")
+    assert made_by() != before
+
+
+@pytest.mark.slow
+def test_every_scorer_scores_a_real_clip_and_an_image(tmp_path, clips):
+    """The published shapes with random weights, from files in the published forms."""
+    from model.quality import dover, fast_vqa
+    from pipeline import media
+    from pipeline.scores import learned
+    from tests.model.quality.test_musiq import as_google, seeded
+    from tests.model.quality.test_quality_models import random_state
+
+    torch.save({"state_dict": random_state(fast_vqa.FastVQA(fast_vqa.PUBLISHED_FASTER))}, tmp_path / "f.pth")
+    torch.save(random_state(dover.Dover(dover.PUBLISHED_MOBILE)), tmp_path / "d.pth")
+    np.savez(tmp_path / "m.npz", **as_google(seeded(1)))
+    config = ScorersConfig(
+        aesthetic=clips["aesthetic"],
+        clip_iqa=clips["clip_iqa"],
+        fast_vqa=f"file://{tmp_path}/f.pth",
+        fast_vqa_model="FasterVQA",
+        musiq=f"file://{tmp_path}/m.npz",
+        dover=f"file://{tmp_path}/d.pth",
+        frames=1,
+    )
+    assert len(scorers.fingerprints(config)) == 5
+    loaded = {name: learned.load_scorer(name, config, torch.device("cpu")) for name in config.names}
+    probe = media.probe(str(MEDIA / "cup.mp4"))
+    clip = {"uri": f"file://{MEDIA}/cup.mp4", "media": "video", "num_frames": 40, "end_pts": None}
+    scores, error = learned.score_clip({**clip, "start_pts": probe.start_pts}, loaded, 120.0)
+    assert error is None and list(scores) == config.columns
+    assert all(0 < scores[name] < 1 for name in config.columns if name not in ("aesthetic", "musiq"))
+    image = {"uri": f"file://{MEDIA}/fig.jpg", "media": "image", "num_frames": 1}
+    scores, error = learned.score_clip(image, loaded, 120.0)
+    assert error is None and list(scores) == ["aesthetic", "clip_iqa", "musiq"]

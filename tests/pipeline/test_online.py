@@ -1,0 +1,90 @@
+"""Samples made while training: equal to precomputed ones in the first epoch, and exact in every one."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from model.text import TINY_ENCODERS
+from pipeline import batches, online, precompute, schema, stage, storage, text_stage, train_dit
+from pipeline.sampling import Bucket
+from tests.pipeline.data_root import make_data_root
+from tests.pipeline.test_training import dit_config, losses, stage_config
+from tests.pipeline.tiny_models import save_vae
+
+BUCKETS = [Bucket(1, 64, 64), Bucket(5, 64, 64)]
+
+
+def run_here(pending, task, name, concurrency=None, constructor_args=(), **resources):
+    """`stage.run_shards` without Ray: one shard after the other, in this process."""
+    worker = task(*constructor_args)
+    return [worker({"shard": shard.to_json()}) for shard in pending]
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory) -> tuple[str, str, online.OnlineConfig]:
+    """The same clips twice: with latents and, of the other, only clips/ and selection/."""
+    vae = save_vae(tmp_path_factory.mktemp("vae"))
+    urls = [
+        make_data_root(tmp_path_factory.mktemp("data"), ["cup.mp4", "fig.jpg"], ["box.mp4", "cat.jpg"])
+        for _ in range(2)
+    ]
+    config = online.OnlineConfig(vae=vae, buckets=BUCKETS, text=TINY_ENCODERS)
+    stored = precompute.PrecomputeConfig(data=urls[0], vae=vae, text=TINY_ENCODERS, buckets=BUCKETS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "run_shards", run_here)
+        patch.setattr(
+            precompute.EncodeShard,
+            "_prepared",
+            lambda self, planned: ((one, precompute.prepare_sample(one, self.config)) for one in planned),
+        )
+        kept, folder = text_stage.KeptClips(urls[0]), storage.join(urls[0], schema.LATENTS)
+        precompute._make(stored, kept, folder, stage.Summary("precompute"))
+        online.write_texts(config, urls[1], seed=0)
+    return urls[0], urls[1], config
+
+
+def reader_of(url: str, config: online.OnlineConfig) -> online.OnlineReader:
+    return online.OnlineReader(config, url, 0, torch.device("cpu"), torch.float32)
+
+
+def test_the_first_epoch_is_what_precompute_stores_and_later_ones_are_new(roots):
+    stored_url, online_url, config = roots
+    index = batches.read_index(stored_url)
+    made = online.index_of(online.planned_samples(config, online_url, seed=0))
+    shared = ["sample_id", "clip_id", "split", "bucket", "video_tokens", "text_tokens"]
+    assert sorted(made.select(shared).to_pylist(), key=str) == sorted(
+        index.select(shared).to_pylist(), key=str
+    )
+    stored, reader = batches.LatentReader(stored_url), reader_of(online_url, config)
+    for row in index.to_pylist():
+        for ours, theirs in zip(reader.latents(row, 0), stored.latents(row, 0), strict=True):
+            assert torch.equal(ours, theirs)
+    row = index.to_pylist()[0]
+    again = reader_of(online_url, config)
+    assert torch.equal(reader.latents(row, 3)[1], again.latents(row, 3)[1])
+    assert not torch.equal(reader.latents(row, 3)[1], reader.latents(row, 2)[1])
+    assert torch.equal(reader.latents(row, -1)[0], stored.latents(row, 0)[0])  # held out: as precomputed
+
+
+def test_a_clip_that_cannot_be_read_stops_the_run_with_its_name(roots):
+    _, url, config = roots
+    reader = reader_of(url, config)
+    sample_id = next(iter(reader.planned))
+    reader.planned[sample_id]["clip"]["uri"] = "file:///gone.mp4"
+    with pytest.raises(ValueError, match=r"^online: .*file:///gone\.mp4"):
+        reader.latents({"sample_id": sample_id}, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_training_online_gives_the_losses_of_precomputed_latents_in_the_first_epoch(
+    roots, tmp_path, local_ray
+):
+    stored_url, online_url, config = roots
+    whole = stage_config("mixed", 1, ["1x64x64", "5x64x64"])
+    stages = [dataclasses.replace(whole, tokens_per_pack=48)]  # one epoch
+    shared = {"stages": stages, "heldout_triples": 4, "packs_per_step": 1}
+    train_dit.run(dit_config(stored_url, tmp_path / "stored", **shared))
+    train_dit.run(dit_config(online_url, tmp_path / "online", online=config, **shared))
+    torch.testing.assert_close(losses(tmp_path / "online"), losses(tmp_path / "stored"), rtol=0, atol=1e-6)

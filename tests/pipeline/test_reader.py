@@ -1,0 +1,44 @@
+"""Reading samples back: the right rows of the right files, each read about once."""
+
+import pytest
+import torch
+
+from benchmarks import training_readers
+from model.swin_mmdit import TINY
+from pipeline import batches, sample_stream
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> str:
+    url = f"file://{tmp_path_factory.mktemp('data')}"
+    training_readers.write_latents(url, 80)
+    return url
+
+
+def test_samples_and_texts_come_back_as_written(root):
+    reader = batches.LatentReader(root)
+    for row in batches.read_index(root).slice(0, 80).to_pylist()[::13]:
+        wanted = training_readers.make_sample(int(row["sample_id"]))
+        hq, lq = reader.latents(row, 0)
+        assert torch.equal(hq, wanted["hq"].float()) and torch.equal(lq, wanted["lq"].float())
+        tokens, pooled = reader.prompt(row["clip_id"], (False, False, False))
+        assert torch.equal(tokens[40:], wanted["t5"].float())
+        assert torch.equal(pooled[:768], wanted["pooled_l"].float())
+
+
+def test_a_clip_without_text_is_named(root):
+    with pytest.raises(ValueError, match=r"^text/ has no clip 123456"):
+        batches.LatentReader(root).text("123456")
+
+
+def test_an_epoch_reads_each_row_group_once(root, monkeypatch):
+    reader = batches.LatentReader(root)
+    stream = sample_stream.SampleStream(batches.read_index(root), 0, TINY)
+    read = []
+    original = batches.pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        batches.pq.ParquetFile, "read_row_group", lambda *given, **k: read.append(1) or original(*given, **k)
+    )
+    for position in range(len(stream)):
+        reader.latents(stream[position].row, 0)
+    assert len(read) == len(set(stream.row_groups)) < len(stream) / 5

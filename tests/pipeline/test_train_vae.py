@@ -1,0 +1,413 @@
+"""The autoencoder's training: real jobs of two gloo workers, and the same training in plain torch."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.discriminator import DiscriminatorConfig, VideoDiscriminator
+from model.lpips import Lpips
+from model.vae.autoencoder import CausalVideoAutoencoder
+from pipeline import levels, schema, storage, train_vae, training, vae_objective, weights
+from pipeline.config import parse
+from pipeline.sampling import Bucket
+from pipeline.vae_objective import AdversarialConfig
+from tests.pipeline.data_root import make_data_root
+from tests.pipeline.processes import kill_tree
+from tests.pipeline.tiny_models import VAE, save_vae
+
+ROOT = Path(__file__).resolve().parents[2]
+LPIPS_WIDTHS = (4, 4, 8, 8, 8)  # VGG16's levels, narrow
+WORKERS = 2
+# The discriminator trains from step 1 and counts from step 4, so in 20 of 24 steps.
+ADVERSARIAL = AdversarialConfig(
+    DiscriminatorConfig(width=4, layers=2, norm_groups=2),
+    weight=0.5,
+    learning_rate=1e-5,
+    start_step=1,
+    warmup_steps=3,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """Two training and two held-out clips: of each a video and an image."""
+    return make_data_root(tmp_path_factory.mktemp("data"), ["city.mp4", "flower.jpg"], ["box.mp4", "cat.jpg"])
+
+
+def save_lpips(folder: Path) -> str:
+    """A random narrow network in the two files and names in which LPIPS is published; returns the URL."""
+    torch.manual_seed(5)
+    network = Lpips(LPIPS_WIDTHS)
+    for name, parameter in network.features.named_parameters():
+        if name.endswith("bias"):  # few channels must not all be near zero: the loss looks at directions
+            parameter.uniform_(0.2, 0.6)
+    features = {name: value for name, value in network.state_dict().items() if name.startswith("features.")}
+    heads = {
+        f"lin{level}.model.1.weight": torch.rand(1, width, 1, 1) for level, width in enumerate(LPIPS_WIDTHS)
+    }
+    torch.save({**features, "classifier.0.weight": torch.zeros(2, 2)}, folder / "vgg16-397923af.pth")
+    torch.save(heads, folder / "vgg.pth", _use_new_zipfile_serialization=False)  # as published
+    return f"file://{folder}"
+
+
+def vae_config(data: str, output: Path, **changes) -> train_vae.TrainVaeConfig:
+    values = {
+        "model": VAE,
+        "stages": [
+            train_vae.VaeStageConfig(Bucket(5, 32, 32), 14, 1e-5, crops_per_worker=3),
+            train_vae.VaeStageConfig(Bucket(9, 32, 32), 10, 5e-6, crops_per_worker=2),
+        ],
+        "perceptual": "none",
+        "optimiser": training.OptimiserConfig(weight_decay=0.0, warmup_steps=2, ema_decay=0.9),
+        "scale": training.ScaleConfig(num_workers=WORKERS),
+        "image_share": 0.4,
+        "crops_per_read": 1,
+        "heldout_crops": 2,
+        "checkpoint_every": 8,
+        **changes,
+    }
+    return train_vae.TrainVaeConfig(data=data, output=f"file://{output}", **values)
+
+
+def history(output: Path) -> dict:
+    return storage.read_json(f"file://{output}/weights/vae/history.json")
+
+
+# -- the same training in plain torch -------------------------------------------------------------------
+
+
+def plain_batches(config: train_vae.TrainVaeConfig):
+    """(stage, step of the stage, each rank's crops) of the whole run."""
+    for index, stage in enumerate(config.stages):
+        clips = train_vae.fitting(train_vae.kept_clips(config.data, "train"), stage.crop, "training")
+        reader = train_vae.CropReader(config, clips, stage.crop)
+        for number in range(stage.steps):
+            yield (
+                stage,
+                number,
+                [
+                    [
+                        reader.crops("crop", index, number, read * WORKERS + rank)[0]
+                        for read in range(stage.crops_per_worker)
+                    ]
+                    for rank in range(WORKERS)
+                ],
+            )
+        reader.close()
+
+
+def plain_history(config: train_vae.TrainVaeConfig) -> list[dict[str, float]]:
+    """One process, no DeepSpeed, every crop on its own; each rank's part of the batch one after another."""
+    adversarial = config.adversarial
+    assert adversarial is not None
+    vae = train_vae.initial_autoencoder(config)
+    torch.manual_seed(schema.stable_hash(config.seed, "discriminator"))
+    judge = VideoDiscriminator(adversarial.discriminator)
+    lpips = vae_objective.load_perceptual(config.perceptual)
+    adam = torch.optim.AdamW(vae.parameters(), betas=config.optimiser.betas, weight_decay=0.0)
+    judge_adam = torch.optim.AdamW(judge.parameters(), betas=adversarial.betas, weight_decay=0.0)
+    rows = []
+    for step, (stage, number, ranks) in enumerate(plain_batches(config)):
+        results = [plain_reconstructions(config, vae, step, rank, crops) for rank, crops in enumerate(ranks)]
+        warmup = config.optimiser.warmup_steps
+        row, loss = plain_autoencoder_loss(config, vae, judge, lpips, step, results)
+        plain_update(adam, loss, training.warmed_up(stage.learning_rate, number, warmup))
+        if step >= adversarial.start_step:
+            pairs = [(video, found.detach()) for result in results for video, found, _, _ in result]
+            real = torch.stack([F.relu(1 - judge(video)).mean() for video, _ in pairs]).mean()
+            fake = torch.stack([F.relu(1 + judge(found)).mean() for _, found in pairs]).mean()
+            row["generator"] = -torch.stack([judge(found).mean() for _, found in pairs]).mean().item()
+            row["discriminator"] = 0.5 * (real + fake).item()
+            trained = step - adversarial.start_step
+            rate = training.warmed_up(adversarial.learning_rate, trained, warmup)
+            plain_update(judge_adam, 0.5 * (real + fake), rate)
+        rows.append(row)
+    return rows
+
+
+def plain_reconstructions(
+    config: train_vae.TrainVaeConfig,
+    vae: CausalVideoAutoencoder,
+    step: int,
+    rank: int,
+    crops: list[np.ndarray],
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(video, reconstruction, mean, log-variance) of each crop of one rank."""
+    seed = schema.stable_hash(config.seed, "posterior", step, rank)
+    generator = torch.Generator().manual_seed(seed)
+    results = []
+    for crop in sorted(crops, key=len):  # noise is drawn for the shortest first
+        video = levels.to_network(crop, torch.device("cpu"))
+        mean, log_variance = vae.encode(video)
+        noise = torch.randn(mean.shape, generator=generator)
+        results.append(
+            (video, vae.decode_unscaled(mean + (0.5 * log_variance).exp() * noise), mean, log_variance)
+        )
+    return results
+
+
+def plain_autoencoder_loss(config, vae, judge, lpips, step, results) -> tuple[dict[str, float], Tensor]:
+    total, norms = {}, []
+    counts = step >= config.adversarial.start_step + config.adversarial.warmup_steps
+    for result in results:  # a rank
+        l1 = torch.stack([(found - video).abs().mean() for video, found, _, _ in result]).mean()
+        kl = torch.stack(
+            [
+                0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum() / video.numel()
+                for video, _, mean, log_variance in result
+            ]
+        ).mean()
+        looks = torch.stack(
+            [
+                lpips(found[0].transpose(0, 1), video[0].transpose(0, 1)).mean()
+                for video, found, _, _ in result
+            ]
+        ).mean()
+        terms = {"l1": l1, "kl": kl, "perceptual": looks}
+        if counts:
+            terms["generator"] = -torch.stack([judge(found).mean() for _, found, _, _ in result]).mean()
+            last = vae.decoder.conv_out.weight
+            parts = (l1 + config.perceptual_weight * looks, terms["generator"])
+            norms.append([torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in parts])
+        for name, value in terms.items():
+            total[name] = total.get(name, 0.0) + value / len(results)
+    loss = total["l1"] + config.perceptual_weight * total["perceptual"] + config.kl_weight * total["kl"]
+    row = {name: value.item() for name, value in total.items()} | {"loss": loss.item(), "gan": float(counts)}
+    if counts:
+        reconstruction, generator = (sum(column) / len(norms) for column in zip(*norms, strict=True))
+        weight = config.adversarial.weight * float((reconstruction / (generator + 1e-4)).clamp(0, 1e4))
+        row["adaptive_weight"] = weight
+        loss = loss + weight * total["generator"]
+    return row, loss
+
+
+def plain_update(adam: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
+    (group,) = adam.param_groups
+    group["lr"] = rate
+    adam.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+    adam.step()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_twenty_gan_steps_of_two_workers_give_the_losses_of_plain_torch(
+    data, tmp_path, local_ray, zero_stage
+):
+    config = vae_config(
+        data,
+        tmp_path,
+        perceptual=save_lpips(tmp_path),
+        kl_weight=1e-3,
+        adversarial=ADVERSARIAL,
+        scale=training.ScaleConfig(num_workers=WORKERS, zero_stage=zero_stage),
+    )
+    train_vae.run(config)
+    steps, expected = history(tmp_path)["steps"], plain_history(config)
+    assert sum(row["gan"] for row in steps) == 20
+    for row, plain in zip(steps, expected, strict=True):
+        assert plain.keys() <= row.keys()
+        for name in plain:
+            # The weight is a ratio of two small gradients: fp32 rounding was measured to move it by 0.12 %.
+            tolerance = 0.01 * plain[name] if name == "adaptive_weight" else 1e-4
+            assert row[name] == pytest.approx(plain[name], abs=tolerance), (row["step"], name)
+
+
+# -- what users see -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_killed_training_goes_on_with_equal_losses_of_both_networks(data, tmp_path, local_ray):
+    """SIGKILL of everything after the first checkpoint, the discriminator already counting."""
+    changes = {
+        "stages": [train_vae.VaeStageConfig(Bucket(5, 32, 32), 10, 1e-3, crops_per_worker=2)],
+        "adversarial": dataclasses.replace(ADVERSARIAL, learning_rate=1e-3, start_step=0, warmup_steps=1),
+        "checkpoint_every": 3,
+    }
+    config = vae_config(data, tmp_path / "whole", **changes)
+    train_vae.run(config)
+    output = tmp_path / "killed"
+    file = tmp_path / "train.yaml"
+    file.write_text(
+        yaml.safe_dump(plain_values({**dataclasses.asdict(config), "output": f"file://{output}"}))
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+
+    def start() -> subprocess.Popen:
+        command = [sys.executable, "-m", "jobs.train_vae", "--config", str(file)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+    process = start()
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 5/10" in line:
+            assert "discriminator" in line and "adaptive_weight" in line and "gan 1" in line
+            break
+    deadline = time.monotonic() + 60
+    while not list(output.glob("checkpoints/vae/*/COMPLETE")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    kill_tree(process)
+    resumed, _ = start().communicate(timeout=900)
+    assert "resumed at step" in resumed and "resumed at step 0 " not in resumed, resumed[-3000:]
+    whole = history(tmp_path / "whole")["steps"]
+    for row, again in zip(whole, history(output)["steps"], strict=True):
+        for name in ("loss", "l1", "kl", "generator", "discriminator"):
+            assert again[name] == pytest.approx(row[name], abs=1e-6), (row["step"], name)
+
+
+def plain_values(value):
+    """Tuples as lists, for YAML."""
+    if isinstance(value, dict):
+        return {name: plain_values(inner) for name, inner in value.items()}
+    return [plain_values(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_autoencoder_trains_on_videos_and_images_and_its_loss_falls(data, tmp_path, local_ray):
+    config = train_vae.TrainVaeConfig(
+        data=data,
+        output=f"file://{tmp_path}",
+        model=VAE,
+        perceptual="none",
+        stages=[
+            train_vae.VaeStageConfig(Bucket(5, 32, 32), 30, 2e-3, crops_per_worker=4),
+            train_vae.VaeStageConfig(Bucket(9, 32, 32), 5, 1e-3, crops_per_worker=2),
+        ],
+        optimiser=training.OptimiserConfig(ema_decay=0.9, weight_decay=0.0),
+        scale=training.ScaleConfig(num_workers=2),
+        heldout_crops=8,
+        checkpoint_every=20,
+    )
+    train_vae.run(config)
+    log = history(tmp_path)
+    assert len(log["steps"]) == 35
+    first, second = log["held_out"]
+    assert first["after"] < 0.95 * first["before"]
+    assert first["psnr_after"] > first["psnr_before"]
+    assert second["stage"] == "9x32x32"
+    vae = weights.load_vae(f"file://{tmp_path}/weights/vae")
+    # The latents that the transformer will see have about unit spread, whatever the training gave.
+    scale = weights.describe(f"file://{tmp_path}/weights/vae")["config"]["latent_scale"]
+    spread = log["steps"][-1]["latent_std"]
+    assert scale == pytest.approx(1 / spread, rel=0.3)
+    assert vae.config.latent_scale == scale
+
+
+def test_settings_that_cannot_train_are_named_before_ray_starts(data, tmp_path, capsys):
+    arguments = [
+        "--config",
+        str(ROOT / "configs" / "demo" / "train_vae.yaml"),
+        f"--data={data}",
+        f"--output=file://{tmp_path}",
+    ]
+    for change, told in (
+        ("--scale.zero_stage=3", "scale.zero_stage"),
+        (
+            "--initial_weights=file:///a --initial_image_weights=file:///b",
+            "initial_image_weights: initial_weights",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            parse(train_vae.TrainVaeConfig, "", [*arguments, *change.split()])
+        assert told in "".join(capsys.readouterr().err.splitlines()[-2:])
+    own = save_vae(tmp_path / "vae")
+    for changes, told in (
+        ({"perceptual": f"file://{tmp_path}"}, r"perceptual: .* has no vgg16-397923af\.pth"),
+        ({"perceptual": "lpips"}, "perceptual"),
+        (
+            {"initial_image_weights": f"file://{tmp_path}/image.safetensors"},
+            "initial_image_weights: .* exist",
+        ),
+        (
+            {"initial_weights": own, "model": dataclasses.replace(VAE, decoder_layers=2)},
+            "model: .*initial_weights",
+        ),
+    ):
+        with pytest.raises(ValueError, match=told):
+            train_vae.run(vae_config(data, tmp_path, **changes))
+
+
+def test_a_new_run_starts_from_the_weights_of_another_or_of_an_image_autoencoder(data, tmp_path):
+    own = save_vae(tmp_path / "vae")
+    other_scale = dataclasses.replace(VAE, latent_scale=2.0)  # measured by the run before
+    vae = train_vae.initial_autoencoder(vae_config(data, tmp_path, initial_weights=own, model=other_scale))
+    expected = weights.load_vae(own).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in vae.state_dict().items())
+    assert all(parameter.requires_grad for parameter in vae.parameters())
+    # The image model's kernels are the newest frame's taps.
+    image = {
+        name: tensor[:, :, -1].clone() if tensor.ndim == 5 else tensor
+        for name, tensor in expected.items()
+        if ".upscale_conv." not in name
+    }
+    save_file(image, tmp_path / "image.safetensors")
+    start = vae_config(data, tmp_path, initial_image_weights=f"file://{tmp_path}/image.safetensors")
+    inflated = train_vae.initial_autoencoder(start)
+    kernel = inflated.encoder.conv_in.weight
+    assert kernel.requires_grad and kernel[:, :, :-1].abs().max() == 0
+    assert torch.equal(kernel[:, :, -1], image["encoder.conv_in.weight"])
+
+
+def test_lpips_of_the_hub_comes_from_its_cache_where_that_is_filled(tmp_path, monkeypatch):
+    save_lpips(tmp_path)
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    for own, (_, cached_name) in vae_objective._HUB.items():
+        (cache / cached_name).write_bytes((tmp_path / own).read_bytes())
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    network, expected = (vae_objective.load_perceptual(name) for name in ("hub", f"file://{tmp_path}"))
+    assert network is not None and expected is not None
+    picture, truth = torch.rand(2, 1, 3, 16, 16)
+    assert torch.equal(network(picture, truth), expected(picture, truth))
+    assert vae_objective.load_perceptual("none") is None
+
+
+class OneProcess:
+    """What Objective needs of an engine, in plain torch."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module, self.steps = module, 0
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.steps += 1
+
+    def get_global_grad_norm(self) -> float:
+        return float(torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters()]))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_anything_moves():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        engine = OneProcess(vae_objective.Pass(CausalVideoAutoencoder(VAE)))
+        judge = OneProcess(VideoDiscriminator(ADVERSARIAL.discriminator))
+        objective = vae_objective.Objective(engine, None, judge, 1e-3, 1.0, ADVERSARIAL)
+        video = torch.rand(1, 3, 1, 16, 16)
+        noise = vae_objective.latent_noise(VAE, video, torch.Generator())
+        group = vae_objective.Group(video, noise, share=1.0)
+        assert objective.step(7, [group])["gan"] == 1.0
+        broken = dataclasses.replace(group, video=video * torch.nan)
+        with pytest.raises(FloatingPointError, match=r"step 9: .*l1 nan.*learning_rate"):
+            objective.step(8, [broken])
+        assert (engine.steps, judge.steps) == (1, 1)
+    finally:
+        torch.distributed.destroy_process_group()
