@@ -1,18 +1,18 @@
-"""What the kernel says of this process's memory."""
+"""What the kernel says of a process's memory."""
 
 from pathlib import Path
 
 
-def status_bytes(name: str) -> int:
-    """A line of /proc/self/status in bytes: VmRSS is the memory now, VmHWM its peak.
+def status_bytes(name: str, pid: int | str = "self") -> int:
+    """A line of /proc/<pid>/status in bytes: VmRSS is the memory now, VmHWM its peak.
 
     VmHWM is of this program alone; getrusage's ru_maxrss begins with what the parent process once had.
     """
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def reset_peak() -> int:
+def reset_peak(pid: int | str = "self") -> int:
     """Resident bytes now; the kernel's own peak starts anew, so that no sampling misses it."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return status_bytes("VmRSS")
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    return status_bytes("VmRSS", pid)

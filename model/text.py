@@ -8,13 +8,16 @@ that encoder's encoding of the empty prompt, so the parts are stored separately 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from open_clip.transformer import TextTransformer
+
+Module = TypeVar("Module", bound=nn.Module)
 
 P_DROP = 0.464
 """SD3's chance (appendix B.3) that an encoder's part is replaced by its encoding of the empty prompt."""
@@ -91,6 +94,8 @@ class TextEncoders:
     """The three encoders, loaded once, frozen. fp32 on the CPU, bf16 on CUDA."""
 
     def __init__(self, config: TextEncoderConfig, device: torch.device | str | None = None) -> None:
+        import open_clip  # takes seconds to import, in every worker, and only these encoders need it
+
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.clip_tokenizer = open_clip.SimpleTokenizer(context_length=CLIP_MAX_TOKENS)
@@ -99,7 +104,7 @@ class TextEncoders:
         t5, self.t5_tokens = _t5(config.t5, dtype, tiny_width=64, seed=3)
         self.t5 = self._place(t5, dtype)
 
-    def _place(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    def _place(self, module: Module, dtype: torch.dtype) -> Module:
         return module.to(self.device, dtype).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -116,12 +121,11 @@ class TextEncoders:
         t5 = self.t5(input_ids=t5_ids).last_hidden_state[0].float().cpu()
         return TextEmbedding(clip_l, clip_g, t5, pooled_l, pooled_g)
 
-    def _encode_clip(self, tower: nn.Module, tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def _encode_clip(self, tower: "TextTransformer", tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """((length, width) penultimate states, (projection,) pooled). tokens: (1, 77), zeros after the text.
 
         CLIP's text tower is causal: the zeros change nothing before them.
         """
-        assert isinstance(tower, TextTransformer)
         out = tower.forward_intermediates(
             tokens.to(self.device), indices=[len(tower.transformer.resblocks) - 2], output_fmt="NLC"
         )
@@ -129,8 +133,11 @@ class TextEncoders:
         return states.float().cpu(), out["text_features"][0].float().cpu()
 
 
-def _clip_text_tower(name: str, tiny_width: int, seed: int) -> nn.Module:
+def _clip_text_tower(name: str, tiny_width: int, seed: int) -> "TextTransformer":
     """The text half of a CLIP."""
+    import open_clip
+    from open_clip.transformer import TextTransformer
+
     if name == TINY:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.functional as TF
 from PIL import Image
 from torch import Tensor, nn
 
@@ -52,6 +51,8 @@ def aesthetic_score(head: nn.Module, embedding: Tensor) -> Tensor:
 def prepare(frame: Tensor) -> Tensor:
     """uint8 (H, W, 3) RGB -> (1, 3, 224, 224) as CLIP prepares a picture: the shorter side to 224 by Pillow's
     bicubic, the middle square of it, normalised."""
+    import torchvision.transforms.functional as TF  # with torchvision.ops it takes a second to import
+
     picture = TF.resize(Image.fromarray(frame.numpy()), SIDE_PX, TF.InterpolationMode.BICUBIC)
     square = TF.to_tensor(TF.center_crop(picture, [SIDE_PX, SIDE_PX]))
     return TF.normalize(square, list(CLIP_MEAN), list(CLIP_STD))[None]

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.functional
 from einops import rearrange
 from torch import Tensor
 
@@ -108,9 +107,9 @@ def resize_frames(video: Tensor, height: int, width: int, antialias: bool = Fals
 
     Without antialiasing, as the tensors that DOVER was trained on: torchvision began to do it later.
     """
-    frames = torchvision.transforms.functional.resize(
-        video.transpose(0, 1), [height, width], antialias=antialias
-    )
+    import torchvision.transforms.functional as TF  # with torchvision.ops it takes a second to import
+
+    frames = TF.resize(video.transpose(0, 1), [height, width], antialias=antialias)
     return frames.transpose(0, 1)
 
 

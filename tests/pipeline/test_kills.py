@@ -2,6 +2,7 @@
 precompute work: running again gives the rows of an undisturbed run, none twice, latents bit-equal."""
 
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -23,25 +24,30 @@ SEED = 7
 TABLES = {"scores": "clip_id", "selection": "clip_id", "text": "clip_id", "latents": "sample_id"}
 
 STAGES = """
-import sys, time
+import sys
 import ray
 from model.text import TINY_ENCODERS
 from pipeline import filter, precompute
 from pipeline.filter import FilterConfig, Threshold
 from pipeline.sampling import Bucket
-data, vae, address, shared = sys.argv[1:]
+vae, address, shared = sys.argv[1:]
 ray.init(address=address, log_to_driver=False)
 shared = {"shared_filesystem": shared == "shared"}
-print("ready", flush=True)
 thresholds = {"exposure": Threshold(min=1)}
-filter.run(FilterConfig(data=data, thresholds=thresholds, niqe_frames=0, clips_per_shard=2, **shared))
 sizes = {"buckets": [Bucket(1, 64, 64), Bucket(5, 64, 64)], "variants": 3, "samples_per_shard": 3}
-precompute.run(precompute.PrecomputeConfig(data=data, vae=vae, text=TINY_ENCODERS, **sizes, **shared))
+words, sys.stdout = sys.stdout, sys.stderr
+print("ready", file=words, flush=True)
+for line in sys.stdin:
+    data = line.strip()
+    filter.run(FilterConfig(data=data, thresholds=thresholds, niqe_frames=0, clips_per_shard=2, **shared))
+    precompute.run(precompute.PrecomputeConfig(data=data, vae=vae, text=TINY_ENCODERS, **sizes, **shared))
+    print("done", file=words, flush=True)
 """
 
 
 class Stages:
-    """filter and precompute as a driver process on a cluster of three nodes."""
+    """filter and precompute on a cluster of three nodes, in a driver process that goes through one data root
+    after another: what it has started serves the next, as long as nobody kills it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -50,31 +56,51 @@ class Stages:
         self.vae = save_vae(folder / "vae")
         self.script = folder / "stages.py"
         self.script.write_text(STAGES)
+        self.errors = folder / "errors.txt"
+        self.driver: subprocess.Popen[str] | None = None
 
-    def start(self, data: str, shared: str = "shared") -> subprocess.Popen[str]:
-        """The driver, once it has connected."""
-        command = [sys.executable, str(self.script), data, self.vae, self.cluster.address, shared]
-        process = subprocess.Popen(
-            command,
-            env=driver_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        while (line := process.stdout.readline()) != "ready\n":
-            assert line, process.communicate()[1][-2000:]
-        return process
+    def start(self, data: str, shared: str = "shared") -> None:
+        """Both stages on this root, in a new driver if there is none."""
+        if self.driver is None:
+            command = [sys.executable, str(self.script), self.vae, self.cluster.address, shared]
+            with self.errors.open("w") as errors:
+                self.driver = subprocess.Popen(
+                    command,
+                    env=driver_environment(),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                )
+            self.wait_for("ready")
+        assert self.driver.stdin is not None
+        print(data, file=self.driver.stdin, flush=True)
 
-    def finish(self, process: subprocess.Popen[str]) -> None:
-        _, errors = process.communicate(timeout=900)
-        assert process.returncode == 0, errors[-3000:]
+    def wait_for(self, word: str) -> None:
+        assert self.driver is not None and self.driver.stdout is not None
+        for line in self.driver.stdout:
+            if line.strip() == word:
+                return
+        raise AssertionError(f"ended with {self.driver.wait()}: {self.errors.read_text()[-3000:]}")
 
-    def kill(self, kind: str, process: subprocess.Popen[str], draw: np.random.Generator) -> None:
+    def finish(self) -> None:
+        self.wait_for("done")
+
+    def is_at_work(self) -> bool:
+        """Whether the driver has yet to say that it is done."""
+        assert self.driver is not None
+        return not select.select([self.driver.stdout], [], [], 0)[0]
+
+    def end(self) -> None:
+        if self.driver is not None:
+            self.driver.kill()
+            self.driver.communicate()
+            self.driver = None
+
+    def kill(self, kind: str, draw: np.random.Generator) -> None:
         """SIGKILL to the driver, one busy worker or one node with all that runs there."""
         if kind == "driver":
-            process.kill()
-            process.communicate()
+            self.end()
         elif kind == "node":
             place = int(draw.integers(len(self.nodes)))
             self.cluster.remove_node(self.nodes[place], allow_graceful=False)
@@ -125,31 +151,36 @@ def rows(data: str) -> dict[str, dict[str, dict]]:
 def stages(tmp_path_factory):
     stages = Stages(tmp_path_factory.mktemp("kills"))
     yield stages
+    stages.end()
     stages.cluster.shutdown()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_killed_anywhere_and_run_again_gives_the_rows_of_an_undisturbed_run(stages, tmp_path):
-    whole = fresh_root(tmp_path / "whole")
-    process = stages.start(whole)
-    begin = time.monotonic()
-    stages.finish(process)
-    lasted_s = time.monotonic() - begin
+    lasted_s = {}
+    for name in ("new", "kept"):  # a new driver starts its workers, one that is kept has them
+        whole = fresh_root(tmp_path / name)
+        begin = time.monotonic()
+        stages.start(whole)
+        stages.finish()
+        lasted_s[name] = time.monotonic() - begin
     expected = rows(whole)
     assert len(expected["latents"]) == 15
 
     draw = np.random.default_rng(SEED)
     killed_at_work = 0
     for trial in range(TRIALS):
+        kind = KINDS[trial % len(KINDS)]
         data = fresh_root(tmp_path / f"trial{trial}")
-        process = stages.start(data)
-        time.sleep(float(draw.uniform(0.1, 0.9)) * lasted_s)
-        killed_at_work += process.poll() is None
-        stages.kill(KINDS[trial % len(KINDS)], process, draw)
-        if KINDS[trial % len(KINDS)] == "driver":
-            process = stages.start(data)
-        stages.finish(process)
+        lasts_s = lasted_s["new" if stages.driver is None else "kept"]
+        stages.start(data)
+        time.sleep(float(draw.uniform(0.1, 0.9)) * lasts_s)
+        killed_at_work += stages.is_at_work()
+        stages.kill(kind, draw)
+        if kind == "driver":
+            stages.start(data)
+        stages.finish()
         assert rows(data) == expected, f"trial {trial}"
         dead = [node for node in stages.raylets() if node.status() == psutil.STATUS_ZOMBIE]
         assert not dead, f"trial {trial} took a node along"
@@ -159,9 +190,10 @@ def test_killed_anywhere_and_run_again_gives_the_rows_of_an_undisturbed_run(stag
 
 @pytest.mark.slow
 def test_local_paths_on_several_nodes_are_refused_unless_the_config_vouches_for_them(stages, tmp_path):
-    process = stages.start(fresh_root(tmp_path), shared="local")
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 1
+    stages.end()
+    stages.start(fresh_root(tmp_path), shared="local")
+    with pytest.raises(AssertionError, match="ended with 1: ") as ended:
+        stages.finish()
     # 3, and for some seconds one that was killed just before.
-    assert re.search(r"is a local path and this cluster has [34] nodes", errors), errors[-2000:]
-    assert "shared_filesystem: true" in errors
+    assert re.search(r"is a local path and this cluster has [34] nodes", str(ended.value))
+    assert "shared_filesystem: true" in str(ended.value)
