@@ -18,11 +18,11 @@ from model import flow
 from pipeline import encoding, levels, schema, storage, training, weights
 from pipeline.batches import Batch, Reader
 from pipeline.latent_stream import frame_noise
-from pipeline.one_step import decoded
 from pipeline.scores.full_reference import full_reference_scores
 from pipeline.scores.niqe import niqe
 
 FOLDER = "validation"
+_SLICE_FRAMES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +125,12 @@ class Validation:
         return flow.sample(velocity_at, noise, flow.sampling_times(self.config.steps)).unflatten(0, shape)
 
     def _pixels(self, latent: Tensor) -> np.ndarray:
-        """(T', H', W', 16) -> uint8 (T, H, W, 3)."""
-        shape = (latent.shape[0], latent.shape[1], latent.shape[2])
-        return levels.to_pixels(decoded(self.vae, latent.flatten(0, 2).to(self.device), shape))
+        """(T', H', W', 16) -> uint8 (T, H, W, 3). In slices: a long clip of a native size has no room."""
+        frames = (latent.shape[0] - 1) * schema.TEMPORAL_FACTOR + 1
+        height, width = (side * schema.SPATIAL_FACTOR for side in latent.shape[1:3])
+        whole = latent.permute(3, 0, 1, 2)[None].to(self.device, next(self.vae.parameters()).dtype)
+        slices = self.vae.decode_stream([whole], frames, height, width, _SLICE_FRAMES)
+        return np.concatenate([levels.to_pixels(piece) for piece in slices])
 
 
 def scores(low: np.ndarray, restored: np.ndarray, truth: np.ndarray) -> dict[str, float]:

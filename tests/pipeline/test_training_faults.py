@@ -42,7 +42,7 @@ class Recording(train_dit.Run):
         step = next(steps)
         ids = [None] * dist.get_world_size()
         dist.all_gather_object(ids, [name for batch in step.batches for name in batch.sample_ids])
-        time.sleep(3 if is_elastic(self) and dist.get_world_size() == 1 else 0.4)
+        time.sleep(1.5 if is_elastic(self) and dist.get_world_size() == 1 else 0.4)
         super().train_step(config, iter([step]))
         seen = self.state.setdefault("seen", [])
         seen.append([dist.get_world_size(), sorted(name for own in ids for name in own)])
@@ -237,7 +237,7 @@ def test_a_lost_node_is_done_without_and_used_again_when_it_returns(trainings, b
 
 @pytest.mark.slow
 def test_a_run_without_room_says_what_it_waits_for_and_ends(trainings, base, tmp_path):
-    scale = dataclasses.replace(base.scale, num_workers=3, wait_for_workers_s=45)
+    scale = dataclasses.replace(base.scale, num_workers=3, wait_for_workers_s=32)
     output = f"file://{tmp_path}"
     process = trainings.start(dataclasses.replace(base, output=output, scale=scale, packs_per_step=3))
     told, _ = process.communicate(timeout=300)
