@@ -186,7 +186,7 @@ def assert_each_sample_once_an_epoch(seen: list[list[str]]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_lost_node_is_done_without_and_used_again_when_it_returns(trainings, base, whole, tmp_path):
-    # The first of these tests: Ray Train's elastic runs wait for minutes on what killed drivers had asked for.
+    # The first of these tests: an elastic run would wait for minutes on what killed drivers had asked for.
     process = trainings.start(changed(base, tmp_path, (1, 2)))
     wait_for(process, *at(6))
     trainings.cluster.remove_node(trainings.node, allow_graceful=False)
