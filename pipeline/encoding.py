@@ -15,6 +15,7 @@ from pipeline import display, media
 Codec = Literal["h264", "prores", "ffv1"]
 # No HEVC: the x265 of these builds writes past its buffers when a process encodes a second, larger size.
 _ENCODERS = {"h264": "libx264", "prores": "prores_ks", "ffv1": "ffv1"}
+_H264_THREADS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +79,8 @@ class VideoFormat:
         return ("yuv444p" if odd else "yuv420p") + ("" if self.bits == 8 else "10le")
 
     def add_to(self, container: Any) -> Any:
-        """A new stream of this format in an output container, with its encoder (of one thread, so the same
-        frames give the same bytes)."""
+        """A new stream of this format in an output container, with its encoder (its threads do not depend on
+        the machine, so the same frames give the same bytes everywhere)."""
         fps = Fraction(self.fps).limit_denominator(1_000_000)
         options = {}
         if self.codec == "h264":
@@ -89,7 +90,7 @@ class VideoFormat:
         stream.width, stream.height, stream.pix_fmt = self.width, self.height, self.pixels
         context = stream.codec_context
         stream.time_base = context.time_base = self.time_base or 1 / fps
-        context.thread_count = 1
+        context.thread_count = _H264_THREADS if self.codec == "h264" else 1
         context.color_primaries = _number(ColorPrimaries, self.colours.primaries)
         context.color_trc = _number(ColorTrc, self.colours.transfer)
         if self.pixels.startswith("yuv"):

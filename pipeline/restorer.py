@@ -382,29 +382,41 @@ class RestoreStream:
         height, width = self._size
         return height + -height % preprocess.SIDE_MULTIPLE, width + -width % preprocess.SIDE_MULTIPLE
 
-    def _resized(self, frames: list[np.ndarray]) -> Tensor:
-        """uint8 or uint16 (H, W, 3) frames -> float (t, 3, height, width) in [0, 1] at the output size."""
-        white = np.iinfo(frames[0].dtype).max
-        video = torch.from_numpy(np.stack(frames)).to(self._restorer.device).permute(0, 3, 1, 2)
-        return preprocess.resize(video.float() / white, *self._size)
+    # Below, a frame at a time: it stays in the CPU's caches from one operation to the next.
+
+    def _resized(self, frame: np.ndarray) -> Tensor:
+        """A uint8 or uint16 (H, W, 3) frame -> float (1, 3, height, width) in [0, 1] at the output size."""
+        pixels = torch.from_numpy(np.ascontiguousarray(frame)).to(self._restorer.device).permute(2, 0, 1)[None]
+        return preprocess.resize(pixels.float().div_(np.iinfo(frame.dtype).max), *self._size)
 
     def _to_network(self, frames: list[np.ndarray]) -> Tensor:
         """(H, W, 3) frames -> (1, 3, t, H, W) in [-1, 1], resized, sides padded to multiples of 16."""
-        video = preprocess.to_network(preprocess.pad_to_multiple(self._resized(frames)))
-        return video[None].to(self._restorer.dtype)
+        video = torch.empty(
+            (1, 3, len(frames), *self._padded),
+            dtype=self._restorer.dtype,
+            device=self._restorer.device,
+            memory_format=torch.channels_last_3d,
+        )
+        for number, frame in enumerate(frames):
+            padded = preprocess.pad_to_multiple(self._resized(frame))
+            video[0, :, number] = preprocess.to_network(padded)[:, 0]
+        return video
 
     def _to_frames(self, video: Tensor, inputs: list[np.ndarray]) -> np.ndarray:
         """Decoded (3, t, padded H, padded W) -> uint8 or uint16 (t, H, W, 3), trimmed, colours corrected."""
         height, width = self._size
-        restored = video[:, :, :height, :width].float().transpose(0, 1)
+        depth = np.uint16 if self._deep else np.uint8
         method = self._restorer.sampling.color_fix
-        if method != "none":
-            fix = preprocess.wavelet_colour_fix if method == "wavelet" else preprocess.adain_colour_fix
-            restored = fix(restored, self._resized(inputs) * 2 - 1)
-        unit = restored.clamp(-1, 1) * 0.5 + 0.5
-        if self._deep:
-            return (unit * 65535).round().permute(0, 2, 3, 1).cpu().numpy().astype(np.uint16)
-        return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        frames = np.empty((len(inputs), height, width, 3), depth)
+        for number, own in enumerate(inputs):
+            restored = video[:, number, :height, :width].float()[None]
+            if method != "none":
+                fix = preprocess.wavelet_colour_fix if method == "wavelet" else preprocess.adain_colour_fix
+                restored = fix(restored, self._resized(own).mul_(2).sub_(1))
+            unit = restored.clamp(-1, 1).mul_(0.5).add_(0.5)
+            pixels = unit.mul_(np.iinfo(depth).max).round_()[0].permute(1, 2, 0)
+            frames[number] = (pixels if self._deep else pixels.to(torch.uint8)).cpu().numpy()
+        return frames
 
 
 def reconstruct(
