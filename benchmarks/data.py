@@ -176,10 +176,10 @@ def filter_shards(clips: list[dict[str, Any]], copies: int, rival: str) -> tuple
         for clip in clips
     ]
     with tempfile.TemporaryDirectory() as folder:
-        config = FilterConfig(data=folder, thresholds={}, clips_per_shard=4)
+        config = FilterConfig(data=folder, thresholds={})
         scores = storage.join(config.data, schema.SCORES)
         pending = shards.plan(
-            scores, many, "clip_id", config.fingerprint, 4, near=itemgetter("source_id")
+            scores, many, "clip_id", config.fingerprint, config.clips_per_shard, near=itemgetter("source_id")
         ).pending
         if rival == "pool":
             with multiprocessing.get_context("spawn").Pool(_PROCESSES) as pool:

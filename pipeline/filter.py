@@ -126,8 +126,9 @@ def _score_run(clips: list[dict[str, Any]], config: FilterConfig) -> list[dict[s
     frames = config.sampled_frames, config.niqe_frames
     try:
         with sources.local_file(clips[0]["uri"], clips[0]["source_etag"]) as path:
-            for clip, row in zip(
-                clips, sandbox.stream(technical.measure_clips, clips, path, *frames), strict=False
+            # The stream stands first and so is asked for its end, without which its child would be given up.
+            for row, clip in zip(
+                sandbox.stream(technical.measure_clips, clips, path, *frames), clips, strict=False
             ):
                 made.append({**row, "bits_per_pixel": technical.bits_per_pixel(clip)})
     except (MediaError, OSError) as error:

@@ -386,8 +386,9 @@ class RestoreStream:
 
     def _resized(self, frame: np.ndarray) -> Tensor:
         """A uint8 or uint16 (H, W, 3) frame -> float (1, 3, height, width) in [0, 1] at the output size."""
-        pixels = torch.from_numpy(np.ascontiguousarray(frame)).to(self._restorer.device)
-        return preprocess.resize(pixels.permute(2, 0, 1)[None].float().div_(np.iinfo(frame.dtype).max), *self._size)
+        pixels = torch.from_numpy(np.ascontiguousarray(frame)).to(self._restorer.device).float()
+        unit = pixels.div_(np.iinfo(frame.dtype).max).permute(2, 0, 1)[None]
+        return preprocess.resize(unit, *self._size)
 
     def _to_network(self, frames: list[np.ndarray]) -> Tensor:
         """(H, W, 3) frames -> (1, 3, t, H, W) in [-1, 1], resized, sides padded to multiples of 16."""

@@ -1,5 +1,6 @@
 import cv2
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 from scipy.sparse import coo_array
@@ -57,8 +58,11 @@ def test_clips_of_a_source_that_share_a_decode_score_as_each_alone(tmp_path):
     scoring = FilterConfig(data="/x", thresholds={})
     alone = [filter_stage.score_clips([clip], scoring)[0] for clip in clips]
     assert all(row["error"] is None and row["motion"] > 0 for row in alone)
+    children = psutil.Process().children()
     order = [2, 0, 3, 1]
     assert filter_stage.score_clips([clips[i] for i in order], scoring) == [alone[i] for i in order]
+    # A new decoding child costs more than a short clip.
+    assert psutil.Process().children() == children
     # One that does not decode leaves its neighbours alone.
     clips[1] = dict(clips[1], num_frames=25)
     rows = filter_stage.score_clips(clips, scoring)
