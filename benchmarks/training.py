@@ -1,4 +1,4 @@
-"""What the training system saves and what it loses: issue 7's measurements.
+"""What the training system saves and what it costs.
 
     python -m benchmarks.training                   (about 25 minutes on 2 cores; nothing else should run)
     python -m benchmarks.training --only packing    (or online, wait, readers, peak: the others stay)
