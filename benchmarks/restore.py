@@ -74,7 +74,7 @@ def make_clip(path: Path, frames: int, size: tuple[int, int]) -> None:
 
 
 class MemoryRise:
-    """The most that this process and its children grow while it is open: in PSS, looked at four times a
+    """The most that this process and its children grow while it is open: in PSS, looked at twenty times a
     second, and as the sum of each one's own peak of resident memory, which the kernel keeps.
 
     The share of the networks' libraries that counts as this process's own moves PSS by a hundred MiB when
@@ -101,7 +101,7 @@ class MemoryRise:
         return total
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.25):
+        while not self._stop.wait(0.05):
             self.peak = max(self.peak, self._now())
 
     def __enter__(self) -> "MemoryRise":

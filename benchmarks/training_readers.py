@@ -50,7 +50,8 @@ def make_sample(number: int) -> Sample:
 
 
 def null_text() -> text.TextEmbedding:
-    return embedding({key: value[:2] for key, value in make_sample(0).items()})
+    """Two tokens of each encoder; a pooled vector has no tokens to leave out."""
+    return embedding({key: value if value.ndim == 1 else value[:2] for key, value in make_sample(0).items()})
 
 
 def embedding(sample: Sample) -> text.TextEmbedding:
