@@ -106,7 +106,7 @@ class FaultyProxy(ThreadingHTTPServer):
                     break
             if fault is None and self._random.random() < self.rate:
                 # A time-out costs its wait: few of them.
-                weights = (4, 0 if self.happened["time-out"] > 1 else 1, 4, 4, 4)
+                weights = (4, 0 if self.happened["time-out"] else 1, 4, 4, 4)
                 fault = self._random.choices(FAULTS, weights)[0]
             if fault:
                 self.happened[fault] += 1

@@ -73,7 +73,7 @@ class Training:
                 **driver_environment(),
                 "RAY_DEDUP_LOGS": "0",
                 # Ray Train may ask for a lost node's core before it knows of the loss, and waits a minute.
-                "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "25",
+                "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "40",
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
