@@ -32,7 +32,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 # Two processes: what waits (for Ray to start, for a fault to be noticed) leaves the cores to the other.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 test: lint
 	$(PYTEST) -m "not slow"

@@ -1,5 +1,8 @@
+from typing import Any
+
 import pytest
 import ray
+from xdist.scheduler import LoadScopeScheduling
 
 _ATTEMPTS = 4
 _CLUSTERS = (
@@ -13,12 +16,16 @@ _CLUSTERS = (
 """Files whose tests start clusters, or kill at a moment that they chose: one after the other."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+class ByFile(LoadScopeScheduling):
     """Of several processes, one runs all tests of a file, since they share its fixtures."""
-    for item in items:
-        file = item.path.relative_to(config.rootpath).as_posix()
-        item.add_marker(pytest.mark.xdist_group("clusters" if file in _CLUSTERS else file))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "clusters" if file in _CLUSTERS else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
