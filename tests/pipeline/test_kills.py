@@ -21,7 +21,11 @@ from tests.pipeline.tiny_models import save_vae
 TRIALS = 10
 KINDS = ("worker", "driver", "node")
 SEED = 7
-TABLES = {"scores": "clip_id", "selection": "clip_id", "text": "clip_id", "latents": "sample_id"}
+TABLES = {
+    "filter": {"scores": "clip_id", "selection": "clip_id"},
+    "precompute": {"text": "clip_id", "latents": "sample_id"},
+}
+"""What each stage writes, with the key of its rows."""
 
 STAGES = """
 import sys
@@ -38,15 +42,17 @@ sizes = {"buckets": [Bucket(1, 64, 64), Bucket(5, 64, 64)], "variants": 3, "samp
 words, sys.stdout = sys.stdout, sys.stderr
 print("ready", file=words, flush=True)
 for line in sys.stdin:
-    data = line.strip()
-    filter.run(FilterConfig(data=data, thresholds=thresholds, niqe_frames=0, clips_per_shard=2, **shared))
-    precompute.run(precompute.PrecomputeConfig(data=data, vae=vae, text=TINY_ENCODERS, **sizes, **shared))
+    stage, data = line.split()
+    if stage == "filter":
+        filter.run(FilterConfig(data=data, thresholds=thresholds, niqe_frames=0, clips_per_shard=2, **shared))
+    else:
+        precompute.run(precompute.PrecomputeConfig(data=data, vae=vae, text=TINY_ENCODERS, **sizes, **shared))
     print("done", file=words, flush=True)
 """
 
 
 class Stages:
-    """filter and precompute on a cluster of three nodes, in a driver process that goes through one data root
+    """filter or precompute on a cluster of three nodes, in a driver process that goes through one data root
     after another: what it has started serves the next, as long as nobody kills it."""
 
     def __init__(self, folder: Path) -> None:
@@ -59,8 +65,8 @@ class Stages:
         self.errors = folder / "errors.txt"
         self.driver: subprocess.Popen[str] | None = None
 
-    def start(self, data: str, shared: str = "shared") -> None:
-        """Both stages on this root, in a new driver if there is none."""
+    def start(self, stage: str, data: str, shared: str = "shared") -> None:
+        """A stage on this root, in a new driver if there is none."""
         if self.driver is None:
             command = [sys.executable, str(self.script), self.vae, self.cluster.address, shared]
             with self.errors.open("w") as errors:
@@ -74,7 +80,7 @@ class Stages:
                 )
             self.wait_for("ready")
         assert self.driver.stdin is not None
-        print(data, file=self.driver.stdin, flush=True)
+        print(stage, data, file=self.driver.stdin, flush=True)
 
     def wait_for(self, word: str) -> None:
         assert self.driver is not None and self.driver.stdout is not None
@@ -133,17 +139,18 @@ def fresh_root(folder: Path) -> str:
     return make_data_root(folder, ["cup.mp4", "city.mp4", "fig.jpg", "pan_dogs.mp4"], ["box.mp4"], frames=9)
 
 
-def rows(data: str) -> dict[str, dict[str, dict]]:
-    """Every table by id; fails if a row stands twice."""
+def rows(stage: str, data: str) -> dict[str, dict[str, dict]]:
+    """Every table of a stage by id; fails if a row stands twice."""
     found = {}
-    for name, key in TABLES.items():
+    for name, key in TABLES[stage].items():
         table = storage.read_folder(storage.join(data, name))
         assert table is not None, name
         found[name] = {row[key]: row for row in table.to_pylist()}
         assert len(found[name]) == table.num_rows, f"{name}: a row stands twice"
-    index = storage.read_folder(storage.join(data, schema.LATENTS, schema.INDEX), ["sample_id"])
-    assert index is not None
-    assert sorted(index["sample_id"].to_pylist()) == sorted(found["latents"])
+    if stage == "precompute":
+        index = storage.read_folder(storage.join(data, schema.LATENTS, schema.INDEX), ["sample_id"])
+        assert index is not None
+        assert sorted(index["sample_id"].to_pylist()) == sorted(found["latents"])
     return found
 
 
@@ -159,29 +166,37 @@ def stages(tmp_path_factory):
 @pytest.mark.timeout(3000)
 def test_killed_anywhere_and_run_again_gives_the_rows_of_an_undisturbed_run(stages, tmp_path):
     lasted_s = {}
-    for name in ("new", "kept"):  # a new driver starts its workers, one that is kept has them
-        whole = fresh_root(tmp_path / name)
-        begin = time.monotonic()
-        stages.start(whole)
-        stages.finish()
-        lasted_s[name] = time.monotonic() - begin
-    expected = rows(whole)
-    assert len(expected["latents"]) == 15
+    for kept in (False, True):  # a new driver starts its workers, one that is kept has them
+        whole = fresh_root(tmp_path / f"whole{kept}")
+        for stage in TABLES:
+            if not kept:
+                stages.end()
+            stages.start(stage, whole)
+            begin = time.monotonic()
+            stages.finish()
+            lasted_s[stage, kept] = time.monotonic() - begin
+    expected = {stage: rows(stage, whole) for stage in TABLES}
+    assert len(expected["precompute"]["latents"]) == 15
 
     draw = np.random.default_rng(SEED)
     killed_at_work = 0
     for trial in range(TRIALS):
-        kind = KINDS[trial % len(KINDS)]
+        kind, stage = KINDS[trial % len(KINDS)], list(TABLES)[trial % len(TABLES)]
         data = fresh_root(tmp_path / f"trial{trial}")
-        lasts_s = lasted_s["new" if stages.driver is None else "kept"]
-        stages.start(data)
+        if stage == "precompute":
+            for name in TABLES["filter"]:
+                own = storage.path_of(storage.join(data, name))
+                shutil.rmtree(own, ignore_errors=True)
+                shutil.copytree(storage.path_of(storage.join(whole, name)), own)
+        lasts_s = lasted_s[stage, stages.driver is not None]
+        stages.start(stage, data)
         time.sleep(float(draw.uniform(0.1, 0.9)) * lasts_s)
         killed_at_work += stages.is_at_work()
         stages.kill(kind, draw)
         if kind == "driver":
-            stages.start(data)
+            stages.start(stage, data)
         stages.finish()
-        assert rows(data) == expected, f"trial {trial}"
+        assert rows(stage, data) == expected[stage], f"trial {trial}"
         dead = [node for node in stages.raylets() if node.status() == psutil.STATUS_ZOMBIE]
         assert not dead, f"trial {trial} took a node along"
         shutil.rmtree(tmp_path / f"trial{trial}")
@@ -191,7 +206,7 @@ def test_killed_anywhere_and_run_again_gives_the_rows_of_an_undisturbed_run(stag
 @pytest.mark.slow
 def test_local_paths_on_several_nodes_are_refused_unless_the_config_vouches_for_them(stages, tmp_path):
     stages.end()
-    stages.start(fresh_root(tmp_path), shared="local")
+    stages.start("filter", fresh_root(tmp_path), shared="local")
     with pytest.raises(AssertionError, match="ended with 1: ") as ended:
         stages.finish()
     # 3, and for some seconds one that was killed just before.
