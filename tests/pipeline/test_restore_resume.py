@@ -194,10 +194,13 @@ def test_a_state_of_ten_bits_is_read_as_ten_bits(models, source, tmp_path):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_length(models, tmp_path):
-    """The rise over the loaded models for 2000 frames is at most 1.15 times that for 400."""
-    urls = (models.vae, models.weights)
-    rises = [
-        benchmark.measured("ours", tmp_path, count, (96, 160), urls)["rise_of_peaks_mib"]
-        for count in (400, 2000)
-    ]
-    assert rises[1] <= 1.15 * rises[0]
+    """1600 frames more take less than half of their own bytes: none of them is kept.
+
+    The allocator alone moves so small a peak by 20 MiB; benchmarks/restore.py has the ratio for long videos.
+    """
+    urls, size, counts = (models.vae, models.weights), (96, 160), (400, 2000)
+    short, long = (
+        benchmark.measured("ours", tmp_path, count, size, urls)["rise_of_peaks_mib"] for count in counts
+    )
+    frames_mib = (counts[1] - counts[0]) * size[0] * size[1] * 3 / 2**20
+    assert long - short < frames_mib / 2
