@@ -105,7 +105,7 @@ class FaultyProxy(ThreadingHTTPServer):
                     fault = entry[2]
                     break
             if fault is None and self._random.random() < self.rate:
-                # A time-out costs its wait: few of them.
+                # A time-out costs its wait: none by chance after the first.
                 weights = (4, 0 if self.happened["time-out"] else 1, 4, 4, 4)
                 fault = self._random.choices(FAULTS, weights)[0]
             if fault:

@@ -56,7 +56,6 @@ class Stages:
     after another: what it has started serves the next, as long as nobody kills it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         self.cluster = one_node_cluster()
         self.nodes = [new_node(self.cluster) for _ in range(2)]
         self.vae = save_vae(folder / "vae")
