@@ -3,11 +3,12 @@
 Rank 0 writes; all ranks keep the history, which checkpoints carry and the report draws from.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,9 @@ class Log:
         self.total_steps, self.history, self._name = total_steps, history, name
         self._url = storage.join(output_url, "tensorboard", name)
         self._local = storage.path_of(self._url) if self._url.startswith("file://") else tempfile.mkdtemp()
-        writes = training.rank() == 0
-        self._writer = SummaryWriter(self._local, purge_step=len(history)) if writes else None
+        writes = self._writes = training.rank() == 0
+        self._writer: SummaryWriter | None = None
+        self._open()
         self._samples = sum(int(step["samples"]) for step in history)
         self._started, self._first = time.monotonic(), len(history)
         self._wandb: Any = None
@@ -95,7 +97,7 @@ class Log:
         """Record a step's numbers, its `seconds` and `samples` among them. Details are not printed."""
         self.history.append({"step": step, "stage": stage, **values})
         self._samples += int(values["samples"])
-        if self._writer is None:
+        if not self._writes:
             return
         everything = {**values, **(details or {}), "samples_seen": self._samples}
         self._write(everything, step)
@@ -107,11 +109,13 @@ class Log:
 
     def validation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray]) -> None:
         """Numbers and uint8 (H, W, 3) pictures of restored clips after `step` steps."""
-        if self._writer is None:
+        if not self._writes:
             return
         self._write({f"validation/{key}": value for key, value in values.items()}, step - 1)
-        for key, picture in pictures.items():
-            self._writer.add_image(f"validation/{key}", picture, step - 1, dataformats="HWC")
+        with self._tolerated():
+            for key, picture in pictures.items():
+                if self._writer is not None:
+                    self._writer.add_image(f"validation/{key}", picture, step - 1, dataformats="HWC")
         if self._wandb is not None:
             images = {f"validation/{key}": self._wandb.Image(picture) for key, picture in pictures.items()}
             self._wandb.log(images, step=step - 1)
@@ -119,20 +123,39 @@ class Log:
         print(f"validation after step {step}: {shown}", flush=True)
 
     def _write(self, values: Mapping[str, float], step: int) -> None:
-        assert self._writer is not None
-        for key, value in values.items():
-            self._writer.add_scalar(key, value, step)
+        with self._tolerated():
+            for key, value in values.items():
+                if self._writer is not None:
+                    self._writer.add_scalar(key, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
     def flush(self) -> None:
-        """Bring the event files to where they belong."""
-        if self._writer is None:
+        """Bring the event files to where they belong; begin a new one if the last could not be written."""
+        if not self._writes:
             return
-        self._writer.flush()
-        if not self._url.startswith("file://"):
-            for file in Path(self._local).iterdir():
-                storage.write_bytes(storage.join(self._url, file.name), file.read_bytes())
+        with self._tolerated():
+            if self._writer is not None:
+                self._writer.flush()
+            if not self._url.startswith("file://"):
+                for file in Path(self._local).iterdir():
+                    storage.write_bytes(storage.join(self._url, file.name), file.read_bytes())
+        if self._writer is None:
+            self._open()
+
+    def _open(self) -> None:
+        if self._writes:
+            with self._tolerated():
+                self._writer = SummaryWriter(self._local, purge_step=len(self.history))
+
+    @contextlib.contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        """Curves are for people to look at: where their disk is full, training goes on without them."""
+        try:
+            yield
+        except OSError as error:
+            self._writer = None  # its thread has ended
+            print(f"TensorBoard: no events in {self._url} until the next checkpoint: {error}", flush=True)
 
     def close(self) -> None:
         self.flush()

@@ -1,6 +1,7 @@
 """What a training tells: its line, its events, its charts elsewhere."""
 
 import importlib.machinery
+import resource
 import sys
 import types
 
@@ -47,6 +48,28 @@ def test_a_resumed_log_goes_on_counting_samples(tmp_path):
     log.step(1, "small", STEP)
     log.close()
     assert events(tmp_path).Scalars("samples_seen")[-1].value == 16
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_costs_curves_and_not_the_training(tmp_path, capsys):
+    """No file may grow beyond 2 kB for a while: writes fail as they do on a full disk."""
+    log = train_log.Log(f"file://{tmp_path}", "dit", 400, [])
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        for step in range(200):
+            log.step(step, "small", STEP)
+        log.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("TensorBoard")]
+    assert told and "File too large" in told[0]
+    assert [row["step"] for row in log.history] == list(range(200))
+
+    log.flush()  # there is room again
+    log.step(200, "small", STEP)
+    log.close()
+    assert [event.step for event in events(tmp_path).Scalars("loss")][-1] == 200
 
 
 def test_validation_pictures_are_in_tensorboard(tmp_path, capsys):
