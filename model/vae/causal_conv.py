@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# With gradients, torch takes its slow 3D convolution on CPUs below this many channels: 4 GFLOP/s a core at
-# 16, where the 2D convolution over stacked frames has 30 (AVX2, batch 1).
-FEW_CHANNELS = 32
+# With gradients, torch often takes its slow 3D convolution on CPUs: at 16 channels 4 GFLOP/s a core, where the
+# 2D convolution over stacked frames has 30 (AVX2, batch 1); a training step at widths 12 to 80 takes 1.45
+# times as long with it. From 128 channels on neither is ahead, and stacking costs memory.
+FEW_CHANNELS = 100
 
 
 @dataclass
