@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from degradations.recipe import LIGHT, REALBASICVSR, RecipeConfig
-from demo import held_out
+from demo import held_out, pixel_cnn
 from demo.held_out import HELD_OUT, TRAINING, Shot, shot_of
 from pipeline import evaluate, evaluate_tables, filters, media, pairs, peers, restore, weights
 from pipeline.config import parse
@@ -108,6 +108,16 @@ def run_ours(made: Path, out: Path, folder: Path, steps: int) -> dict[str, str]:
     if summary.errors:
         raise ValueError(f"{target}: {summary.errors} clips were not restored")
     return {f"ours, {steps} step{'s' if steps > 1 else ''}": target}
+
+
+def run_cnn(made: Path, out: Path, folder: Path) -> dict[str, str]:
+    """The same for the small network on pixels, where its weights lie beside ours."""
+    weights_url, target = f"file://{folder}/pixel_cnn", out / "pixel_cnn"
+    if not (folder / "pixel_cnn").exists():
+        return {}
+    if not target.exists():
+        pixel_cnn.restore_folder(weights_url, made / pairs.LQ, target)
+    return {"small CNN on pixels, colour fix": f"file://{target}"}
 
 
 def measured(made: Path, methods: dict[str, str], out: Path, vae: str | None) -> list[dict[str, Any]]:
@@ -232,7 +242,7 @@ def one_recipe(recipe: str, options: Options, note: Callable[[str], None]) -> No
     out, training = options.out / "held_out" / recipe, options.out / "training" / recipe
     best, grid = best_filter(make_pairs(TRAINING, recipe, training))
     made = make_pairs(HELD_OUT, recipe, out)
-    methods = run_filters(made, out, best)
+    methods = run_filters(made, out, best) | run_cnn(made, out, options.weights)
     ours: dict[str, str] = {}
     for steps in options.steps:
         ours |= run_ours(made, out, options.weights, steps)
