@@ -26,6 +26,7 @@ JOBS = {
     "train_vae_gan": (train_vae.TrainVaeConfig, DIT_DATA),
     "train_dit": (train_dit.TrainDitConfig, DIT_DATA),
     "train_dit_one_step": (train_dit.TrainDitConfig, DIT_DATA),
+    "train_dit_pixels": (train_dit.TrainDitConfig, DIT_DATA),
     "restore": (
         restore.RestoreConfig,
         ["--input", '["file:///i.mp4"]', "--output", "file:///o", "--model.weights", "file:///w",
@@ -41,7 +42,8 @@ RELEASED = {
     "precompute": ["--fixed_text.positive", "file:///pos.pt", "--fixed_text.negative", "file:///neg.pt"],
     "train_dit": ["--initial.kind", "seedvr-3b", "--initial.weights", "file:///w.pth"],
 }
-GOES_ON = {"demo/train_dit.yaml", "small/train_dit_one_step.yaml"}  # from weights that the command names
+# from weights that the command names
+GOES_ON = {"demo/train_dit.yaml", "small/train_dit_one_step.yaml", "small/train_dit_pixels.yaml"}
 FILES = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "recipes")
 
 
