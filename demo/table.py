@@ -115,8 +115,7 @@ def run_cnn(made: Path, out: Path, folder: Path) -> dict[str, str]:
     weights_url, target = f"file://{folder}/pixel_cnn", out / "pixel_cnn"
     if not (folder / "pixel_cnn").exists():
         return {}
-    if not target.exists():
-        pixel_cnn.restore_folder(weights_url, made / pairs.LQ, target)
+    pixel_cnn.restore_folder(weights_url, made / pairs.LQ, target)
     return {"small CNN on pixels, colour fix": f"file://{target}"}
 
 

@@ -21,12 +21,13 @@ JOBS = {
     "ingest": (ingest.IngestConfig, ["--input", "file:///i", "--output", "file:///o"]),
     "filter": (filter_stage.FilterConfig, DATA),
     "precompute": (precompute.PrecomputeConfig, [*DATA, "--vae", "file:///v"]),
+    "precompute_more": (precompute.PrecomputeConfig, [*DATA, "--vae", "file:///v"]),
     "pairs": (pairs.PairsConfig, [*DATA, "--output", "file:///o"]),
     "train_vae": (train_vae.TrainVaeConfig, DIT_DATA),
     "train_vae_gan": (train_vae.TrainVaeConfig, DIT_DATA),
     "train_dit": (train_dit.TrainDitConfig, DIT_DATA),
     "train_dit_one_step": (train_dit.TrainDitConfig, DIT_DATA),
-    "train_dit_pixels": (train_dit.TrainDitConfig, DIT_DATA),
+    "train_dit_more": (train_dit.TrainDitConfig, DIT_DATA),
     "restore": (
         restore.RestoreConfig,
         ["--input", '["file:///i.mp4"]', "--output", "file:///o", "--model.weights", "file:///w",
@@ -43,7 +44,7 @@ RELEASED = {
     "train_dit": ["--initial.kind", "seedvr-3b", "--initial.weights", "file:///w.pth"],
 }
 # from weights that the command names
-GOES_ON = {"demo/train_dit.yaml", "small/train_dit_one_step.yaml", "small/train_dit_pixels.yaml"}
+GOES_ON = {"demo/train_dit.yaml", "small/train_dit_one_step.yaml", "small/train_dit_more.yaml"}
 FILES = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "recipes")
 
 
