@@ -1,6 +1,6 @@
 """What the training system saves and what it costs.
 
-    python -m benchmarks.training                   (about 25 minutes on 2 cores; nothing else should run)
+    python -m benchmarks.training                   (7 to 25 minutes on 2 cores; nothing else should run)
     python -m benchmarks.training --only packing    (or online, wait, readers, peak: the others stay)
     python -m benchmarks.training --short           (shows that it runs, its numbers mean nothing)
 
