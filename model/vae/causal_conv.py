@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# With gradients, torch often takes its slow 3D convolution on CPUs: at 16 channels 4 GFLOP/s a core, where the
-# 2D convolution over stacked frames has 30 (AVX2, batch 1); a training step at widths 12 to 80 takes 1.45
-# times as long with it. From 128 channels on neither is ahead, and stacking costs memory.
+# With gradients, torch often takes its slow 3D convolution on CPUs: at 16 channels 4 GFLOP/s a core, where
+# the 2D convolution over stacked frames has 30 (AVX2, batch 1); a training step at widths 12 to 80 takes
+# 1.45 times as long with it. From 128 channels on neither is ahead, and stacking costs memory.
 FEW_CHANNELS = 100
 
 
