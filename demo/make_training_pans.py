@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from demo.held_out import MEDIA
 from pipeline import media, pairs
 
-MEDIA = Path(__file__).resolve().parent / "media"
 STILLS = (
     "astronaut.jpg",
     "autumn_hills.jpg",

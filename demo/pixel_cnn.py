@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "small" / "precompute.yaml"
 BUCKET = "9x128x128"
 """Of that file's, the one that crops are taken from."""
+WIDTH, BLOCKS = 48, 8
 EMA_DECAY = 0.995
 SHUFFLE = 2
 """Pixels a side that become channels: all convolutions run at half the size."""
@@ -40,10 +41,10 @@ SHUFFLE = 2
 class Block(nn.Module):
     """Two convolutions and a shortcut."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Conv2d(width, width, 3, padding=1)
-        self.second = nn.Conv2d(width, width, 3, padding=1)
+        self.first = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+        self.second = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(F.relu(self.first(x)))
@@ -52,11 +53,11 @@ class Block(nn.Module):
 class PixelCNN(nn.Module):
     """Three frames -> the middle one, corrected. Starts as the identity."""
 
-    def __init__(self, width: int = 48, blocks: int = 8) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.enter = nn.Conv2d(9 * SHUFFLE**2, width, 3, padding=1)
-        self.blocks = nn.Sequential(*[Block(width) for _ in range(blocks)])
-        self.leave = nn.Conv2d(width, 3 * SHUFFLE**2, 3, padding=1)
+        self.enter = nn.Conv2d(9 * SHUFFLE**2, WIDTH, 3, padding=1)
+        self.blocks = nn.Sequential(*[Block() for _ in range(BLOCKS)])
+        self.leave = nn.Conv2d(WIDTH, 3 * SHUFFLE**2, 3, padding=1)
         for parameter in self.leave.parameters():
             nn.init.zeros_(parameter)
 
