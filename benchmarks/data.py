@@ -30,9 +30,17 @@ import torch
 from model.text import TINY_ENCODERS
 from model.vae.autoencoder import FULL_CONFIG, CausalVideoAutoencoder
 from pipeline import filter as filter_stage
-from pipeline import ingest, media, precompute, sampling, schema, shards, stage, storage
+from pipeline import (
+    ingest,
+    media,
+    precompute,
+    sampling,
+    shards,
+    stage,
+)
 from pipeline.filter import FilterConfig
 from pipeline.scores import niqe, technical
+from pipeline.store import schema, storage
 
 OUT = Path("out/bench")
 MEDIA = Path("demo/media").resolve()

@@ -26,8 +26,16 @@ import pyarrow as pa
 from benchmarks.memory import status_bytes
 from model.text import TINY_ENCODERS
 from pipeline import filter as filter_stage
-from pipeline import ingest, precompute, sampling, schema, shards, stage, storage, text_stage
+from pipeline import (
+    ingest,
+    precompute,
+    sampling,
+    shards,
+    stage,
+    text_stage,
+)
 from pipeline.filter import FilterConfig, Threshold
+from pipeline.store import schema, storage
 
 OUT = Path("out/bench")
 SIZES = (100_000, 300_000, 1_000_000)

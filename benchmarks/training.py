@@ -39,8 +39,16 @@ from benchmarks.data import demo_clips, timed
 from model import flow, operations, text
 from model.swin_mmdit import SD3_MEDIUM, TINY, SwinMMDiT, SwinMMDiTConfig
 from model.text import TINY_ENCODERS, TextEncoders
-from pipeline import batches, bfloat16, precompute, sampling, storage, train_dit, training, weights
+from pipeline import (
+    batches,
+    precompute,
+    sampling,
+    train_dit,
+    training,
+    weights,
+)
 from pipeline.sampling import Bucket
+from pipeline.store import bf16_columns, storage
 
 OUT = Path("out/bench/training.json")
 VAE = f"file://{Path('demo/weights/vae').resolve()}"
@@ -107,7 +115,7 @@ class Sources:
         return precompute.encode_pair(self.vae, pixels["hq"], pixels["lq"], self.planned[number]["seed"])
 
     def batch(self, columns: dict[str, Any], embedding: text.TextEmbedding) -> batches.Batch:
-        hq, lq = (bfloat16.from_columns(columns, f"{which}_latent") for which in ("hq", "lq"))
+        hq, lq = (bf16_columns.from_columns(columns, f"{which}_latent") for which in ("hq", "lq"))
         return self.batch_of(hq, lq, embedding)
 
     def batch_of(self, hq: Tensor, lq: Tensor, embedding: text.TextEmbedding) -> batches.Batch:

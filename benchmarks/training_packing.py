@@ -23,7 +23,8 @@ import yaml
 from benchmarks.data import timed
 from model import operations
 from model.swin_mmdit import SD3_MEDIUM, SwinMMDiT
-from pipeline import balance, sample_stream, schema
+from pipeline import balance, sample_stream
+from pipeline.store import schema
 
 Shape = tuple[int, int, int]
 Pack = list[Shape]

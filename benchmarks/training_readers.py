@@ -32,8 +32,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from model import text
 from model.swin_mmdit import TINY
-from pipeline import batches, bfloat16, sample_stream, schema, shards, storage, text_stage, training
+from pipeline import (
+    batches,
+    sample_stream,
+    shards,
+    text_stage,
+    training,
+)
 from pipeline.sampling import Bucket
+from pipeline.store import bf16_columns, schema, storage
 
 Sample = dict[str, Any]
 BUCKET = "samples"
@@ -86,7 +93,7 @@ def write_latents(url: str, count: int) -> None:
         latents, texts = {}, {}
         for number in range(first, min(count, first + _PER_FILE)):
             sample = make_sample(number)
-            columns = [bfloat16.to_columns(f"{which}_latent", sample[which]) for which in ("hq", "lq")]
+            columns = [bf16_columns.to_columns(f"{which}_latent", sample[which]) for which in ("hq", "lq")]
             latents[f"{number:06d}"] = columns[0] | columns[1]
             texts[f"{number:06d}"] = embedding(sample)
         write_tables(url, first, latents, texts, null_text(), Bucket(5, 256, 256))

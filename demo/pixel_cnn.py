@@ -24,8 +24,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import preprocess
-from pipeline import encoding, media, precompute, schema, storage, text_stage, training
+from pipeline import (
+    encoding,
+    media,
+    precompute,
+    text_stage,
+    training,
+)
 from pipeline.config import parse
+from pipeline.store import schema, storage
 from pipeline.weights import WEIGHTS_FILE
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pipeline import media, report_plots, schema, storage, weights
+from pipeline import media, report_plots, weights
 from pipeline.report import CEILING, FILES, Comparison, Picture, Pictures, write_report
 from pipeline.restorer import reconstruct
+from pipeline.store import schema, storage
 
 FILTER_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo" / "filter.yaml"
 MODELS = {"vae": "autoencoder", "dit": "transformer"}

@@ -16,7 +16,8 @@ from model import checkpoints, flow
 from model.nadit import SEEDVR_3B, SEEDVR_7B, NaDiTConfig
 from model.swin_mmdit import SwinMMDiTConfig
 from model.vae.autoencoder import AutoencoderConfig
-from pipeline import storage, weights
+from pipeline import weights
+from pipeline.store import storage
 
 Kind = Literal["own", "seedvr-3b", "seedvr-7b", "seedvr2-3b", "seedvr2-7b"]
 RELEASED_AREA = (720, 1280)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from model import flow, text
-from pipeline import bfloat16, schema, storage, text_stage
-from pipeline.lookup import Lookup, id_array
+from pipeline import text_stage
 from pipeline.sample_stream import Drawn, SampleStream, pack_step
+from pipeline.store import bf16_columns, schema, storage
+from pipeline.store.id_index import Lookup, id_array
 
 Shape = tuple[int, int, int]
 _CACHE_BYTES = 2**30
@@ -101,7 +102,7 @@ class LatentReader:
         """HQ and LQ latents of an index row, each (T', H', W', 16) fp32: the same in every epoch."""
         stored = self._stored(storage.join(self.latents_url, row["file"]), row["row_group"], row["row"])
         assert stored["sample_id"] == row["sample_id"]
-        return bfloat16.from_columns(stored, "hq_latent"), bfloat16.from_columns(stored, "lq_latent")
+        return bf16_columns.from_columns(stored, "hq_latent"), bf16_columns.from_columns(stored, "lq_latent")
 
     def prompt(self, clip_id: str, drops: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor]:
         """A clip's text input, (L, D) and (P,), with the parts of dropped encoders replaced by those of ''.

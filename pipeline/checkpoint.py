@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline import schema, storage
+from pipeline.store import schema, storage
 from pipeline.train_state import (
     MOMENTS,
     MovingAverage,

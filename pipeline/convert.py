@@ -20,7 +20,8 @@ from torch import Tensor
 
 from model import checkpoints
 from model.vae import FULL_CONFIG, AutoencoderConfig, CausalVideoAutoencoder
-from pipeline import backbones, checkpoint, storage, text_stage, weights
+from pipeline import backbones, checkpoint, text_stage, weights
+from pipeline.store import storage
 
 ReleasedKind = Literal["vae", "seedvr-3b", "seedvr-7b", "seedvr2-3b", "seedvr2-7b"]
 CARD = "MODEL_CARD.md"

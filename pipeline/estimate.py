@@ -8,7 +8,7 @@ import heapq
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from pipeline import schema
+from pipeline.store import schema
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 
 from model import preprocess
-from pipeline import benchmark_sets, evaluate_tables, media, peers, stage, storage, weights
+from pipeline import (
+    benchmark_sets,
+    evaluate_tables,
+    media,
+    peers,
+    stage,
+    weights,
+)
 from pipeline.restore import IMAGE_ENDINGS, MANIFEST, VIDEO_ENDINGS, natural_order
 from pipeline.restorer import reconstruct
 from pipeline.sandbox import Sandbox
@@ -31,6 +38,7 @@ from pipeline.scores import niqe, published
 from pipeline.scores.full_reference import full_reference_scores
 from pipeline.scores.perceptual import LearnedMetrics, Networks
 from pipeline.scores.warping import warping_error
+from pipeline.store import storage
 
 CEILING = "VAE(truth)"
 FULL_REFERENCE = ("psnr_rgb", "psnr_y", "ssim_rgb", "ssim_y")

@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from model.checkpoints import load_autoencoder
 from model.lpips import Lpips
 from model.vae import CausalVideoAutoencoder
-from pipeline import evaluate_tables, media, stage, storage, weights
+from pipeline import evaluate_tables, media, stage, weights
 from pipeline.diffusers_vae import CONFIG_FILE, DiffusersAutoencoder
 from pipeline.evaluate import bicubic, media_files, summarise
 from pipeline.restorer import reconstruct
 from pipeline.sandbox import Sandbox
 from pipeline.scores import frechet
 from pipeline.scores.full_reference import full_reference_scores
+from pipeline.store import storage
 from pipeline.vae_objective import check_perceptual, load_perceptual
 
 RESULTS = "vae_evaluation"

@@ -9,7 +9,8 @@ import io
 import math
 from typing import Any
 
-from pipeline import evaluate_tables, storage
+from pipeline import evaluate_tables
+from pipeline.store import storage
 
 RESULTS = "evaluation.json"
 _LEAST_AREA, _AREA_PER_ROOT_M = 40.0, 12.0

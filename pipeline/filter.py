@@ -16,12 +16,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import metrics, schema, score_page, selection, shards, sources, stage, storage
+from pipeline import (
+    metrics,
+    score_page,
+    selection,
+    shards,
+    stage,
+)
 from pipeline.sandbox import MediaError
 from pipeline.sandbox import shared as shared_sandbox
 from pipeline.scores import scorers, technical
 from pipeline.scores.scorers import ScorersConfig
 from pipeline.selection import Threshold
+from pipeline.store import schema, source_cache, storage
 
 SELECTION_FILE = "part-selection.parquet"
 _PAGE = "scores.html"
@@ -125,7 +132,7 @@ def _score_run(clips: list[dict[str, Any]], config: FilterConfig) -> list[dict[s
     sandbox, made = shared_sandbox(config.decode_seconds), list[dict[str, Any]]()
     frames = config.sampled_frames, config.niqe_frames
     try:
-        with sources.local_file(clips[0]["uri"], clips[0]["source_etag"]) as path:
+        with source_cache.local_file(clips[0]["uri"], clips[0]["source_etag"]) as path:
             # The stream stands first and so is asked for its end, without which its child would be given up.
             for row, clip in zip(
                 sandbox.stream(technical.measure_clips, clips, path, *frames), clips, strict=False

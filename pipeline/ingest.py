@@ -16,9 +16,16 @@ import numpy as np
 import pyarrow.compute as pc
 import ray
 
-from pipeline import listing, media, schema, shards, shots, sources, stage, storage
+from pipeline import (
+    listing,
+    media,
+    shards,
+    shots,
+    stage,
+)
 from pipeline.sandbox import MediaError, Sandbox
 from pipeline.sandbox import shared as shared_sandbox
+from pipeline.store import schema, source_cache, storage
 
 _SPANS = "_spans"  # below clips/: what was scanned of sources that are not yet in the table
 
@@ -114,7 +121,7 @@ def ingest_source(source: dict[str, Any], config: IngestConfig, sandbox: Sandbox
             raise MediaError("its path leads out of the input folder")
         labels = source["labels"]
         common |= listing.read_sidecars(source["uri"]) if labels is None else labels
-        with sources.local_file(source["uri"], source["etag"], last_use=True) as path:
+        with source_cache.local_file(source["uri"], source["etag"], last_use=True) as path:
             return _rows(source, common, path, config, sandbox)
     except (MediaError, OSError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
@@ -221,7 +228,7 @@ def scan_span(
         return np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
     start = None if begin is None else begin - round(shots.OVERLAP_S / about.time_base)
     try:
-        with sources.local_file(source["uri"], source["etag"]) as path:
+        with source_cache.local_file(source["uri"], source["etag"]) as path:
             frames, stopped = _scan_frames(_sandbox(config), path, config, about, start, end)
     except (MediaError, OSError):
         return None

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline import schema, storage
+from pipeline.store import schema, storage
 
 # fmt: off
 VIDEO_ENDINGS = (

@@ -16,7 +16,7 @@ from torch import nn
 
 from model.preprocess import SIDE_MULTIPLE
 from model.vae import budget
-from pipeline.schema import PATCH, SPATIAL_FACTOR, TEMPORAL_FACTOR
+from pipeline.store.schema import PATCH, SPATIAL_FACTOR, TEMPORAL_FACTOR
 
 VALUES_PER_HIDDEN = 5.5
 """The transformer's activations alive at once, in values per token and unit of its MLP's hidden width. The

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from model.flow import MAX_TIME
 from model.vae.autoencoder import CausalVideoAutoencoder
-from pipeline import schema, storage, weights
+from pipeline import weights
 from pipeline.batches import Batch
+from pipeline.store import schema, storage
 
 
 @dataclass(frozen=True)

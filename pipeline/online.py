@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig
-from pipeline import batches, bfloat16, precompute, sampling, schema, storage, text_stage, weights
+from pipeline import (
+    batches,
+    precompute,
+    sampling,
+    text_stage,
+    weights,
+)
+from pipeline.store import bf16_columns, schema, storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,4 +123,6 @@ class OnlineReader:
         if "error" in pixels:
             raise ValueError(f"online: {pixels['error']}; have the filter reject this clip")
         columns = precompute.encode_pair(self._vae, pixels["hq"], pixels["lq"], planned["seed"])
-        return bfloat16.from_columns(columns, "hq_latent"), bfloat16.from_columns(columns, "lq_latent")
+        return bf16_columns.from_columns(columns, "hq_latent"), bf16_columns.from_columns(
+            columns, "lq_latent"
+        )

@@ -20,9 +20,10 @@ import numpy as np
 import ray
 
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, draw, to_json
-from pipeline import encoding, media, schema, sources, stage, storage
+from pipeline import encoding, media, stage
 from pipeline.listing import IMAGE_ENDINGS, VIDEO_ENDINGS
 from pipeline.sandbox import shared as shared_sandbox
+from pipeline.store import schema, source_cache, storage
 
 HQ, LQ, MANIFEST, RECORDS, SETTINGS = "hq", "lq", "manifest.json", "_records", "_settings.json"
 
@@ -161,7 +162,7 @@ def make_pair(row: dict[str, Any], config: PairsConfig) -> dict[str, Any]:
     seed = schema.stable_hash(config.seed, row["clip_id"])
     cv2.setNumThreads(1)  # one task, one core
     try:
-        with sources.local_file(row["uri"], row.get("source_etag")) as path:
+        with source_cache.local_file(row["uri"], row.get("source_etag")) as path:
             frames, kind, fps = sandbox.call(read_middle, row, path, config.max_frames)
         hq = centre_crop(frames, config.max_height, config.max_width)
         recipe = config.image_recipe if kind == "image" else config.video_recipe

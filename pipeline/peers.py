@@ -23,10 +23,11 @@ import numpy as np
 import psutil
 import yaml
 
-from pipeline import encoding, filters, media, storage
+from pipeline import encoding, filters, media
 from pipeline.listing import IMAGE_ENDINGS, VIDEO_ENDINGS
-from pipeline.schema import SUMMARY
 from pipeline.stage import proportional_memory
+from pipeline.store import storage
+from pipeline.store.schema import SUMMARY
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS_FILE = ROOT / "configs" / "peers.yaml"

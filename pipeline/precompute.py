@@ -20,22 +20,19 @@ import torch
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, draw, to_json
 from model.vae.autoencoder import CausalVideoAutoencoder, posterior_noise
 from pipeline import (
-    bfloat16,
     estimate,
     levels,
     media,
     metrics,
     sampling,
-    schema,
     shards,
-    sources,
     stage,
-    storage,
     text_stage,
     weights,
 )
 from pipeline.sandbox import MediaError
 from pipeline.sandbox import shared as shared_sandbox
+from pipeline.store import bf16_columns, schema, source_cache, storage
 
 _ESTIMATE = "_estimate"  # below the data root: a dry run's summary
 _MEDIA_FIELDS = (
@@ -131,7 +128,7 @@ def prepare_sample(planned: dict[str, Any], config: PrecomputeConfig) -> dict[st
     start = time.monotonic()
     clip, (first, top, left) = planned["clip"], planned["crop"]
     try:
-        with sources.local_file(clip["uri"], clip.get("source_etag")) as path:
+        with source_cache.local_file(clip["uri"], clip.get("source_etag")) as path:
             count = planned["num_frames"]
             window = (top, left, planned["height"], planned["width"])
             sandbox = shared_sandbox(config.decode_seconds)
@@ -153,7 +150,7 @@ def encode_pair(vae: CausalVideoAutoencoder, hq: np.ndarray, lq: np.ndarray, see
         shape = tuple(mean[row : row + 1].shape)
         noise = posterior_noise(shape, schema.stable_hash(seed, which)).to(mean)
         latent = vae.to_latent(mean[row : row + 1], log_variance[row : row + 1], noise)
-        columns |= bfloat16.to_columns(f"{which}_latent", latent[0].permute(1, 2, 3, 0))
+        columns |= bf16_columns.to_columns(f"{which}_latent", latent[0].permute(1, 2, 3, 0))
     return columns
 
 

@@ -4,7 +4,7 @@ import html
 import os
 from typing import Any
 
-from pipeline import schema, storage
+from pipeline.store import schema, storage
 
 FOLDER = "_preview"
 PAGE = "preview.html"

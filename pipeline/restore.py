@@ -17,7 +17,7 @@ import ray
 import torch
 
 from model import preprocess
-from pipeline import backbones, media, preview_page, schema, stage, storage
+from pipeline import backbones, media, preview_page, stage
 from pipeline.memory_plan import free_gib, is_out_of_memory, plan_memory, step_down
 from pipeline.restore_file import (
     Encoding,
@@ -31,6 +31,7 @@ from pipeline.restore_file import (
 from pipeline.restorer import STEPS_OF_WORK, Restorer, Sampling
 from pipeline.sandbox import Sandbox
 from pipeline.segments import Segments
+from pipeline.store import schema, storage
 
 __all__ = ["Encoding", "RestoreConfig", "Restorer", "Sampling", "run"]
 

@@ -21,10 +21,11 @@ from PIL import Image
 from torch import Tensor
 
 from model import preprocess
-from pipeline import container, display, encoding, media, storage
+from pipeline import container, display, encoding, media
 from pipeline.restorer import Restorer, RestoreStream
 from pipeline.sandbox import Sandbox
 from pipeline.segments import Segments
+from pipeline.store import storage
 
 _REPORT_EVERY_S = 10.0
 _PREVIEW_SIDE_PX = 960

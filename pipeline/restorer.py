@@ -25,7 +25,7 @@ from pipeline import levels, memory_plan, weights
 from pipeline.backbones import Backbone, ModelConfig, Prompt, Schedule, load_backbone
 from pipeline.latent_stream import Chunk, ChunkBlender, ChunkCutter, ChunkPlan, frame_noise
 from pipeline.memory_plan import MemoryPlan, Models
-from pipeline.schema import TEMPORAL_FACTOR
+from pipeline.store.schema import TEMPORAL_FACTOR
 
 STEPS_OF_WORK = ("read", "encode", "transformer", "decode", "pixels", "write")
 """pixels: sizes and colours; read and write: of files, where there are some."""

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from model import operations
-from pipeline import balance, schema
+from pipeline import balance
+from pipeline.store import schema
 
 _WINDOW_TOKENS = 2**21  # of 256 bytes each
 

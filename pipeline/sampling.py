@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import schema
+from pipeline.store import schema
 
 _SIDE = schema.SPATIAL_FACTOR * schema.PATCH
 

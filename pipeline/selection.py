@@ -16,8 +16,8 @@ import pyarrow as pa
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline import schema
-from pipeline.lookup import Lookup, id_array
+from pipeline.store import schema
+from pipeline.store.id_index import Lookup, id_array
 
 MAX_DUPLICATE_DISTANCE = 3
 # Two hashes that differ in at most 3 bits agree in at least 3 of 6 bands, so each pair shares one of 20 keys

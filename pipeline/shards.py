@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import metrics, schema, storage
+from pipeline import metrics
+from pipeline.store import schema, storage
 
 PLANS = "_plan"
 PLAN_SCHEMA = pa.schema([("id", pa.string()), ("row", pa.string())])

@@ -17,8 +17,9 @@ from typing import Any
 import psutil
 import ray
 
-from pipeline import shards, sources, storage
-from pipeline.schema import SUMMARY
+from pipeline import shards
+from pipeline.store import source_cache, storage
+from pipeline.store.schema import SUMMARY
 
 _SHARDS_PER_ROUND = 10_000
 
@@ -162,7 +163,7 @@ def run_stage(name: str, folder_url: str, work: Callable[[Summary], None]) -> Su
         with PeakMemory() as memory:
             work(summary)
     finally:
-        sources.clear_on_every_node()
+        source_cache.clear_on_every_node()
     summary.seconds = time.monotonic() - start
     summary.peak_memory_bytes = memory.peak_bytes
     summary.peak_object_store_bytes = memory.peak_object_store_bytes

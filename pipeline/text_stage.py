@@ -20,8 +20,15 @@ from torch import Tensor
 
 from model import text
 from model.text import TextEmbedding, TextEncoderConfig, TextEncoders
-from pipeline import backbones, bfloat16, metrics, schema, shards, stage, storage, weights
-from pipeline.lookup import ID_BYTES, Lookup, id_array
+from pipeline import (
+    backbones,
+    metrics,
+    shards,
+    stage,
+    weights,
+)
+from pipeline.store import bf16_columns, schema, storage
+from pipeline.store.id_index import ID_BYTES, Lookup, id_array
 
 TextConfig = TextEncoderConfig
 _PARTS = ("clip_l", "clip_g", "t5", "pooled_l", "pooled_g")
@@ -47,13 +54,13 @@ class FixedTextConfig:
 def text_columns(embedding: TextEmbedding) -> dict[str, Any]:
     columns: dict[str, Any] = {}
     for part in _PARTS:
-        columns |= bfloat16.to_columns(part, getattr(embedding, part))
+        columns |= bf16_columns.to_columns(part, getattr(embedding, part))
     return columns
 
 
 def embedding_of(row: dict[str, Any]) -> TextEmbedding:
     """The embeddings of one row of text/."""
-    return TextEmbedding(**{part: bfloat16.from_columns(row, part) for part in _PARTS})
+    return TextEmbedding(**{part: bf16_columns.from_columns(row, part) for part in _PARTS})
 
 
 def null_metadata(null: TextEmbedding) -> str:

@@ -23,9 +23,7 @@ from pipeline import (
     batches,
     online,
     sample_stream,
-    schema,
     stage,
-    storage,
     text_stage,
     train_log,
     training,
@@ -35,6 +33,7 @@ from pipeline.checkpoint import Checkpoints, from_rank_0
 from pipeline.faults import FaultConfig, Orders, StepGuard, StoppedError, outcome
 from pipeline.one_step import OneStepConfig, PixelLoss
 from pipeline.online import OnlineConfig, OnlineReader
+from pipeline.store import schema, storage
 from pipeline.train_state import MovingAverage
 from pipeline.validation import Validation, ValidationConfig
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from pipeline import metrics, schema, storage, training
+from pipeline import metrics, training
+from pipeline.store import schema, storage
 
 TIME_BINS = 5
 """Bins of equal width of the times 0..1000, in which losses are told apart."""

@@ -24,10 +24,7 @@ from pipeline import (
     levels,
     media,
     sampling,
-    schema,
-    sources,
     stage,
-    storage,
     train_log,
     training,
     vae_objective,
@@ -37,6 +34,7 @@ from pipeline.checkpoint import Checkpoints
 from pipeline.faults import Orders, StoppedError, outcome
 from pipeline.sandbox import MediaError, Sandbox
 from pipeline.scores.full_reference import psnr
+from pipeline.store import schema, source_cache, storage
 from pipeline.train_state import MovingAverage
 from pipeline.vae_objective import AdversarialConfig, Group, Objective
 
@@ -181,7 +179,7 @@ class CropReader:
         raise ValueError("data: 20 clips in a row could not be read")
 
     def _read(self, clip: dict[str, Any], first: int, frames: int) -> np.ndarray:
-        with sources.local_file(clip["uri"], clip.get("source_etag")) as path:
+        with source_cache.local_file(clip["uri"], clip.get("source_etag")) as path:
             return self.sandbox.call(media.read_frames, clip, path, first, frames)
 
     def _cut(self, pixels: np.ndarray, clip: dict[str, Any], generator: np.random.Generator) -> np.ndarray:

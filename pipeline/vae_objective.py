@@ -18,7 +18,8 @@ from model import checkpoints, losses
 from model.discriminator import DiscriminatorConfig
 from model.lpips import Lpips, video_lpips
 from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
-from pipeline import storage, training
+from pipeline import training
+from pipeline.store import storage
 
 VGG_FILE, HEADS_FILE = "vgg16-397923af.pth", "vgg.pth"
 """The published files of LPIPS, by their published names: torchvision's VGG16 and lpips v0.1's heads."""

@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model import flow
-from pipeline import encoding, levels, schema, storage, training, weights
+from pipeline import encoding, levels, training, weights
 from pipeline.batches import Batch, Reader
 from pipeline.latent_stream import frame_noise
 from pipeline.scores.full_reference import full_reference_scores
 from pipeline.scores.niqe import niqe
+from pipeline.store import schema, storage
 
 FOLDER = "validation"
 _SLICE_FRAMES = 8

@@ -27,7 +27,7 @@ from model import checkpoints
 from model.nadit import NaDiT, NaDiTConfig
 from model.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
 from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
-from pipeline import storage
+from pipeline.store import storage
 
 VAE, SWIN_MMDIT, NADIT = "vae", "swin_mmdit", "nadit"
 WEIGHTS_FILE = "weights.safetensors"

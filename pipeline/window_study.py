@@ -12,12 +12,21 @@ import statistics
 from typing import Any
 
 from model.windows import WindowSize
-from pipeline import evaluate, evaluate_tables, pairs, restore, stage, storage, train_dit, training
+from pipeline import (
+    evaluate,
+    evaluate_tables,
+    pairs,
+    restore,
+    stage,
+    train_dit,
+    training,
+)
 from pipeline.backbones import ModelConfig
 from pipeline.restore_file import Encoding
 from pipeline.restorer import Sampling
 from pipeline.scores import published
 from pipeline.scores.perceptual import LearnedMetrics
+from pipeline.store import storage
 
 RESULTS = "windows"
 _WARM_UP_STEPS = 3

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from model import checkpoints
 from model.quality import aesthetic, fast_vqa
-from pipeline import media, schema, shards, sources, storage
+from pipeline import media, shards
 from pipeline.sandbox import MediaError
 from pipeline.sandbox import shared as shared_sandbox
 from pipeline.scores.scorers import ScorersConfig, name_of
+from pipeline.store import schema, source_cache, storage
 
 _FAST_VQA = {
     "FAST-VQA": fast_vqa.PUBLISHED,
@@ -140,7 +141,7 @@ def _frames(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The clip's frames of these numbers, one after the other, from the decoding child."""
     sandbox = shared_sandbox(decode_seconds)
-    with sources.local_file(clip["uri"], clip.get("source_etag")) as path:
+    with source_cache.local_file(clip["uri"], clip.get("source_etag")) as path:
         yield from sandbox.stream(media.numbered_frames, clip, path, numbers)
 
 

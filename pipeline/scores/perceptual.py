@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from model import checkpoints
-from pipeline import storage
 from pipeline.scores import scorers
+from pipeline.store import storage
 from pipeline.vae_objective import VGG_FILE, check_perceptual, load_perceptual
 
 DISTS_FILE = "weights.pt"

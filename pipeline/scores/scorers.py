@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import schema, storage
+from pipeline.store import schema, storage
 
 # Raise a number when its score changes its meaning: the score is then computed anew.
 _DEFINITIONS = {"aesthetic": 1, "clip_iqa": 1, "fast_vqa": 1, "musiq": 1, "dover": 1}

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline import media, schema, storage
+from pipeline import media
 from pipeline.filter import SELECTION_FILE
+from pipeline.store import schema, storage
 
 MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
 

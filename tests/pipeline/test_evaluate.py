@@ -11,10 +11,11 @@ from PIL import Image
 
 from model.checkpoints import load_clip
 from model.quality.clip_iqa import ClipIQA
-from pipeline import encoding, evaluate, evaluate_tables, media, storage
+from pipeline import encoding, evaluate, evaluate_tables, media
 from pipeline.evaluate import CEILING, METRICS, EvaluateConfig
 from pipeline.scores import full_reference
 from pipeline.scores.perceptual import LearnedMetrics
+from pipeline.store import storage
 from tests.pipeline import tiny_models
 from tests.pipeline.test_learned_scores import RN, tiny_clip
 

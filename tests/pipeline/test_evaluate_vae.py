@@ -13,10 +13,11 @@ from jobs import evaluate as job
 from model.checkpoints import save_autoencoder
 from model.lpips import Lpips
 from model.vae import CausalVideoAutoencoder
-from pipeline import evaluate_vae, media, storage
+from pipeline import evaluate_vae, media
 from pipeline.diffusers_vae import DiffusersAutoencoder
 from pipeline.evaluate_vae import EvaluateVaeConfig
 from pipeline.scores import frechet, full_reference
+from pipeline.store import storage
 from tests.pipeline import tiny_models
 from tests.pipeline.test_evaluate import save
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from pipeline import figure, storage
+from pipeline import figure
 from pipeline.figure import FigureConfig
+from pipeline.store import storage
 
 
 def evaluation() -> dict:

@@ -7,10 +7,11 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pipeline import filter as filter_stage
-from pipeline import sandbox, schema, score_page, storage
+from pipeline import sandbox, score_page
 from pipeline import selection as select
 from pipeline.filter import FilterConfig, Threshold
 from pipeline.scores import technical
+from pipeline.store import schema, storage
 from tests.pipeline.data_root import make_data_root
 
 LIMIT = 80.0

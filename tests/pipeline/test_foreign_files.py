@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import ingest, schema, shots
+from pipeline import ingest, shots
 from pipeline.ingest import IngestConfig
 from pipeline.sandbox import Sandbox
+from pipeline.store import schema
 from tests.pipeline import bad_decoders
 from tests.pipeline.test_ingest import odd_files
 from tests.pipeline.test_media import encode, moving_picture

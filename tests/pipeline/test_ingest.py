@@ -12,8 +12,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline import encoding, ingest, media, schema, shots, storage
+from pipeline import encoding, ingest, media, shots
 from pipeline.ingest import IngestConfig
+from pipeline.store import schema, storage
 from tests.pipeline.test_media import encode, moving_picture
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from pipeline import schema, storage
+from pipeline.store import schema, storage
 from tests.pipeline.data_root import make_data_root
 from tests.pipeline.ray_cluster import driver_environment, new_node, one_node_cluster
 from tests.pipeline.tiny_models import save_vae

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline import filter as filter_stage
-from pipeline import schema, storage
 from pipeline.filter import FilterConfig, Threshold
 from pipeline.scores import scorers
 from pipeline.scores.scorers import ScorersConfig
+from pipeline.store import schema, storage
 from tests.pipeline.data_root import MEDIA, make_data_root
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}

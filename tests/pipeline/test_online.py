@@ -6,8 +6,16 @@ import pytest
 import torch
 
 from model.text import TINY_ENCODERS
-from pipeline import batches, online, precompute, schema, stage, storage, text_stage, train_dit
+from pipeline import (
+    batches,
+    online,
+    precompute,
+    stage,
+    text_stage,
+    train_dit,
+)
 from pipeline.sampling import Bucket
+from pipeline.store import schema, storage
 from tests.pipeline.data_root import make_data_root
 from tests.pipeline.test_training import dit_config, losses, stage_config
 from tests.pipeline.tiny_models import save_vae

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.peers import folders
-from pipeline import encoding, evaluate_tables, media, peers, storage
+from pipeline import encoding, evaluate_tables, media, peers
 from pipeline.peers import PeerConfig
+from pipeline.store import storage
 from tests.pipeline.clips import MEDIA
 
 

@@ -9,8 +9,9 @@ import ray
 import torch
 
 from model.text import TINY_ENCODERS
-from pipeline import batches, bfloat16, metrics, precompute, schema, storage, text_stage
+from pipeline import batches, metrics, precompute, text_stage
 from pipeline.sampling import Bucket, Native
+from pipeline.store import bf16_columns, schema, storage
 from tests.pipeline.data_root import make_data_root
 from tests.pipeline.tiny_models import save_vae
 
@@ -63,7 +64,7 @@ def test_every_planned_sample_has_a_row_and_a_broken_clip_has_error_rows(made):
     assert all("broken.mp4" in row["error"] and row["hq_latent"] is None for row in bad)
     for row in good:
         size = ((row["num_frames"] - 1) // 4 + 1, row["height"] // 8, row["width"] // 8, 16)
-        hq, lq = bfloat16.from_columns(row, "hq_latent"), bfloat16.from_columns(row, "lq_latent")
+        hq, lq = bf16_columns.from_columns(row, "hq_latent"), bf16_columns.from_columns(row, "lq_latent")
         assert tuple(hq.shape) == tuple(lq.shape) == size
         assert torch.isfinite(hq).all() and not torch.equal(hq, lq)
         assert json.loads(row["degradation"])["operations"]

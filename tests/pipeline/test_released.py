@@ -26,8 +26,6 @@ from pipeline import (
     media,
     precompute,
     restore,
-    schema,
-    storage,
     text_stage,
     train_dit,
     training,
@@ -38,6 +36,7 @@ from pipeline.config import parse
 from pipeline.latent_stream import Chunk, frame_noise
 from pipeline.restore import RestoreConfig, Restorer, Sampling
 from pipeline.sampling import Bucket
+from pipeline.store import schema, storage
 from tests.pipeline import released_models
 from tests.pipeline.data_root import make_data_root
 

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pytest
 
 from demo import results
-from pipeline import report_plots, schema, storage
+from pipeline import report_plots
 from pipeline.pairs import write_lossless
 from pipeline.report import metric_table, stage_table, training_tables
+from pipeline.store import schema, storage
 from tests.pipeline.tiny_models import save_vae
 
 HOSTILE = "<img src=x onerror=alert(1)>_\"'&_0"

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import media, restore, storage, weights
+from pipeline import media, restore, weights
 from pipeline.backbones import OWN, Backbone, ModelConfig, Prompt
 from pipeline.container import stamped_frames
 from pipeline.restore import RestoreConfig, Restorer, Sampling
+from pipeline.store import storage
 from tests.pipeline import tiny_models
 from tests.pipeline.clips import MEDIA, cut_with_sound, make_video, packets
 

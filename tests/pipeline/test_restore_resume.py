@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from benchmarks import restore as benchmark
-from pipeline import container, media, restore, storage
+from pipeline import container, media, restore
 from pipeline.backbones import ModelConfig
 from pipeline.restore import Encoding, RestoreActor, RestoreConfig, Sampling
+from pipeline.store import storage
 from tests.pipeline import tiny_models
 from tests.pipeline.clips import cut_with_sound, packets
 from tests.pipeline.processes import kill_tree

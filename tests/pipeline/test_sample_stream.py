@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.swin_mmdit import SD3_MEDIUM
-from pipeline import balance, sample_stream, schema
+from pipeline import balance, sample_stream
 from pipeline.sample_stream import SampleStream, pack_step
+from pipeline.store import schema
 from tests.pipeline.tiny_models import DIT
 
 SIZES = [(1, 64, 64), (5, 64, 64), (9, 96, 96), (13, 128, 128)]

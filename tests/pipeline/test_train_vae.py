@@ -18,9 +18,16 @@ from torch import Tensor
 from model.discriminator import DiscriminatorConfig, VideoDiscriminator
 from model.lpips import Lpips
 from model.vae.autoencoder import CausalVideoAutoencoder
-from pipeline import levels, schema, storage, train_vae, training, vae_objective, weights
+from pipeline import (
+    levels,
+    train_vae,
+    training,
+    vae_objective,
+    weights,
+)
 from pipeline.config import parse
 from pipeline.sampling import Bucket
+from pipeline.store import schema, storage
 from pipeline.vae_objective import AdversarialConfig
 from tests.pipeline.data_root import make_data_root
 from tests.pipeline.processes import kill_tree

@@ -21,8 +21,16 @@ from safetensors.torch import save_file
 from model.checkpoints import load_sd3_transformer
 from model.swin_mmdit import TINY
 from model.text import TINY_ENCODERS
-from pipeline import batches, precompute, sample_stream, storage, train_dit, training, weights
+from pipeline import (
+    batches,
+    precompute,
+    sample_stream,
+    train_dit,
+    training,
+    weights,
+)
 from pipeline.sampling import Bucket
+from pipeline.store import storage
 from tests.model.test_swin_mmdit import sd3_transformer
 from tests.pipeline.data_root import make_data_root
 from tests.pipeline.processes import kill_tree

@@ -18,14 +18,22 @@ from s3fs import S3FileSystem
 
 from model.text import TINY_ENCODERS
 from pipeline import filter as filter_stage
-from pipeline import ingest, media, precompute, sampling, schema, shards, shots, sources, storage
+from pipeline import (
+    ingest,
+    media,
+    precompute,
+    sampling,
+    shards,
+    shots,
+)
 from pipeline.filter import FilterConfig, Threshold
 from pipeline.sampling import Bucket
+from pipeline.store import schema, source_cache, storage
 from tests.pipeline import object_store
 from tests.pipeline.object_store import BUCKET, FaultyProxy
 from tests.pipeline.tiny_models import save_vae
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MEDIA = ROOT / "demo" / "media"
 FILES = ["cup.mp4", "fig.jpg", "box.mp4", "pan_dogs.mp4"]
 
@@ -144,7 +152,7 @@ def test_a_node_fetches_a_source_once_for_all_its_clips_and_spans(proxy, store, 
         return proxy.requests["GET", f"/{BUCKET}/once/{name}"]
 
     (source,) = (one for one in ingest.list_sources(config) if one["path"] == "cup.mp4")
-    with sources.local_file(source["uri"], source["etag"], last_use=True) as path:
+    with source_cache.local_file(source["uri"], source["etag"], last_use=True) as path:
         clips = ingest.ingest_source(source, config, ingest._sandbox(config))
         probe = media.probe(path)
         about = shots.Source(probe.coded_size, probe.fps, probe.time_base)
@@ -163,7 +171,7 @@ def test_a_node_fetches_a_source_once_for_all_its_clips_and_spans(proxy, store, 
     assert fetches() == 3
 
     def read(_: int) -> bytes:
-        with sources.local_file(f"{config.input}/box.mp4", None) as path:
+        with source_cache.local_file(f"{config.input}/box.mp4", None) as path:
             return Path(path).read_bytes()
 
     with ThreadPoolExecutor(8) as pool:  # each opens the lock anew, as processes do
@@ -171,18 +179,18 @@ def test_a_node_fetches_a_source_once_for_all_its_clips_and_spans(proxy, store, 
     assert fetches("box.mp4") == 1
 
     # What was used longest ago goes when there is no room; who reads it at that moment keeps it.
-    monkeypatch.setattr(sources, "_MAX_FILES", 2)
-    with sources.local_file(clips[0]["uri"], clips[0]["source_etag"]) as path:
+    monkeypatch.setattr(source_cache, "_MAX_FILES", 2)
+    with source_cache.local_file(clips[0]["uri"], clips[0]["source_etag"]) as path:
         read(0)
-        with sources.local_file(f"{config.input}/fig.jpg", None):
+        with source_cache.local_file(f"{config.input}/fig.jpg", None):
             assert Path(path).read_bytes() == (MEDIA / "cup.mp4").read_bytes()
     read(0)
     assert fetches() == 3 and fetches("box.mp4") == 1
     assert filter_stage.score_clips(clips[:1], scoring)[0]["error"] is None
     assert fetches() == 4
-    folder = sources._folder()
+    folder = source_cache._folder()
     assert len([path for path in folder.iterdir() if not path.name.startswith(".")]) == 2
-    sources.clear()
+    source_cache.clear()
     assert not folder.exists()
 
 

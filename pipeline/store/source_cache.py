@@ -22,7 +22,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import schema, storage
+from pipeline.store import schema, storage
 
 _PREFIX = f"openseedvr-sources-{os.getuid()}-"
 _MAX_FILES = 10_000

@@ -4,7 +4,8 @@ import os
 import pyarrow as pa
 import pytest
 
-from pipeline import bfloat16, schema, shards, storage
+from pipeline import shards
+from pipeline.store import bf16_columns, schema, storage
 
 TABLE = pa.schema([("row_id", pa.string()), ("data", pa.large_binary())])
 
@@ -98,11 +99,11 @@ def test_bfloat16_columns_come_back_as_they_were():
     import torch
 
     tensor = torch.randn(3, 4, 5).to(torch.bfloat16).float()
-    columns = bfloat16.to_columns("z", tensor)
+    columns = bf16_columns.to_columns("z", tensor)
     assert columns["z_shape"] == [3, 4, 5] and len(columns["z"]) == 2 * 60
-    assert torch.equal(bfloat16.from_columns(columns, "z"), tensor)
+    assert torch.equal(bf16_columns.from_columns(columns, "z"), tensor)
     with pytest.raises(ValueError, match="column z"):
-        bfloat16.from_columns({**columns, "z_shape": [3, 4, 6]}, "z")
+        bf16_columns.from_columns({**columns, "z_shape": [3, 4, 6]}, "z")
 
 
 def test_hashes_are_the_same_on_every_machine():
