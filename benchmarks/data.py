@@ -30,15 +30,9 @@ import torch
 from model.text import TINY_ENCODERS
 from model.vae.autoencoder import FULL_CONFIG, CausalVideoAutoencoder
 from pipeline import filter as filter_stage
-from pipeline import (
-    ingest,
-    media,
-    precompute,
-    sampling,
-    shards,
-    stage,
-)
+from pipeline import ingest, media, precompute, sampling
 from pipeline.filter import FilterConfig
+from pipeline.runtime import stage, work_plan
 from pipeline.scores import niqe, technical
 from pipeline.store import schema, storage
 
@@ -186,7 +180,7 @@ def filter_shards(clips: list[dict[str, Any]], copies: int, rival: str) -> tuple
     with tempfile.TemporaryDirectory() as folder:
         config = FilterConfig(data=folder, thresholds={})
         scores = storage.join(config.data, schema.SCORES)
-        pending = shards.plan(
+        pending = work_plan.plan(
             scores, many, "clip_id", config.fingerprint, config.clips_per_shard, near=itemgetter("source_id")
         ).pending
         if rival == "pool":

@@ -37,7 +37,7 @@ from pipeline import encoding, media, restore, weights
 from pipeline.backbones import ModelConfig
 from pipeline.latent_stream import Chunk
 from pipeline.restore import RestoreActor, RestoreConfig, Sampling
-from pipeline.stage import proportional_memory
+from pipeline.runtime.stage import proportional_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = f"file://{ROOT}/demo/weights/vae", f"file://{ROOT}/demo/weights/dit"

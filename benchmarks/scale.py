@@ -26,15 +26,9 @@ import pyarrow as pa
 from benchmarks.memory import status_bytes
 from model.text import TINY_ENCODERS
 from pipeline import filter as filter_stage
-from pipeline import (
-    ingest,
-    precompute,
-    sampling,
-    shards,
-    stage,
-    text_stage,
-)
+from pipeline import ingest, precompute, sampling, text_stage
 from pipeline.filter import FilterConfig, Threshold
+from pipeline.runtime import stage, work_plan
 from pipeline.store import schema, storage
 
 OUT = Path("out/bench")
@@ -112,7 +106,7 @@ def work(phase: str, root: Path) -> int:
             input="s3://bucket/raw", output=f"{root}", manifest=f"{root}/manifest.csv"
         )
         folder = f"file://{root}/listing"
-        return shards.plan(folder, ingest.list_sources(listed), "source_id", _FINGERPRINT, 64).rows
+        return work_plan.plan(folder, ingest.list_sources(listed), "source_id", _FINGERPRINT, 64).rows
     if phase == "thresholding":
         summary = stage.Summary("filter")
         config = FilterConfig(data=str(root), thresholds=THRESHOLDS, held_out_share=0.01)
@@ -122,7 +116,7 @@ def work(phase: str, root: Path) -> int:
         data=str(root), vae=f"{root}/vae", text=TINY_ENCODERS, buckets=BUCKETS
     )
     rows = precompute.plan_rows(config, text_stage.KeptClips(config.data))
-    return shards.plan(f"file://{root}/planning", rows, "sample_id", _FINGERPRINT, 64).rows
+    return work_plan.plan(f"file://{root}/planning", rows, "sample_id", _FINGERPRINT, 64).rows
 
 
 def start(phase: str, root: Path) -> subprocess.Popen[str]:
@@ -140,7 +134,7 @@ def measured(phase: str, root: Path) -> dict[str, Any]:
 
 
 def planned_ids(folder: str) -> list[str]:
-    files = storage.parquet_files(storage.join(folder, shards.PLANS))
+    files = storage.parquet_files(storage.join(folder, work_plan.PLANS))
     return [row_id for file in files for row_id in storage.read_table(file, ["id"])["id"].to_pylist()]
 
 
@@ -148,10 +142,10 @@ def killed_and_run_again(root: Path, phase: str) -> dict[str, Any]:
     """A phase with a SIGKILL half way, then once more: its cost, and whether it planned the same rows."""
     folder = f"file://{root}/{phase}"
     whole = planned_ids(folder)
-    files = len(storage.parquet_files(storage.join(folder, shards.PLANS)))
+    files = len(storage.parquet_files(storage.join(folder, work_plan.PLANS)))
     storage.remove_folder(folder)
     process = start(phase, root)
-    while len(storage.parquet_files(storage.join(folder, shards.PLANS))) < max(1, files // 2):
+    while len(storage.parquet_files(storage.join(folder, work_plan.PLANS))) < max(1, files // 2):
         if process.poll() is not None:
             raise RuntimeError(f"{phase} ended before it could be killed")
         time.sleep(0.02)

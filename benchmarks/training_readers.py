@@ -32,13 +32,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from model import text
 from model.swin_mmdit import TINY
-from pipeline import (
-    batches,
-    sample_stream,
-    shards,
-    text_stage,
-    training,
-)
+from pipeline import batches, sample_stream, text_stage, training
+from pipeline.runtime import work_plan
 from pipeline.sampling import Bucket
 from pipeline.store import bf16_columns, schema, storage
 
@@ -117,7 +112,7 @@ def write_tables(
     metadata = {"text": "encoders", "openseedvr.null_text": text_stage.null_metadata(null)}
     text_schema = schema.with_fingerprint(schema.TEXT_SCHEMA, "benchmark", **metadata)
     for table, made, kind in (("latents", rows, schema.LATENTS_SCHEMA), ("text", text_rows, text_schema)):
-        storage.write_table(f"{url}/{table}/{name}", shards.row_groups(made, kind), kind)
+        storage.write_table(f"{url}/{table}/{name}", work_plan.row_groups(made, kind), kind)
     size = {"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width}
     shared = {"bucket": bucket.name, "video_tokens": schema.video_tokens(**size), **size, "file": name}
     index = []

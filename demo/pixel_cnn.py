@@ -31,7 +31,7 @@ from pipeline import (
     text_stage,
     training,
 )
-from pipeline.config import parse
+from pipeline.runtime.job_config import parse
 from pipeline.store import schema, storage
 from pipeline.weights import WEIGHTS_FILE
 

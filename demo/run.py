@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from demo.local_ray import LocalRay, local_ray
-from pipeline.stage import proportional_memory
+from pipeline.runtime.stage import proportional_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 MEDIA = ROOT / "demo" / "media"

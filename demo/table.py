@@ -24,7 +24,7 @@ from degradations.recipe import LIGHT, REALBASICVSR, RecipeConfig
 from demo import held_out, pixel_cnn
 from demo.held_out import HELD_OUT, TRAINING, Shot, shot_of
 from pipeline import evaluate, evaluate_tables, filters, media, pairs, peers, restore, weights
-from pipeline.config import parse
+from pipeline.runtime.job_config import parse
 from pipeline.scores.full_reference import psnr
 
 ROOT = Path(__file__).resolve().parent.parent

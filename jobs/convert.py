@@ -4,7 +4,7 @@ python -m jobs.convert --source /weights/seedvr_ema_3b.pth --kind seedvr-3b --ou
 """
 
 from pipeline import convert
-from pipeline.config import run_job
+from pipeline.runtime.job_config import run_job
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from pipeline import evaluate, evaluate_vae
-from pipeline.config import run_job
+from pipeline.runtime.job_config import run_job
 
 
 def main(arguments: list[str] | None = None) -> None:

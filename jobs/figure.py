@@ -4,7 +4,7 @@ python -m jobs.figure --evaluation file:///tables --output file:///tables --metr
 """
 
 from pipeline import figure
-from pipeline.config import run_job
+from pipeline.runtime.job_config import run_job
 
 
 def main() -> None:

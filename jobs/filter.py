@@ -4,7 +4,7 @@ ray job submit --working-dir . -- python -m jobs.filter --config configs/demo/fi
 """
 
 from pipeline import filter as filter_stage
-from pipeline.config import run_job
+from pipeline.runtime.job_config import run_job
 
 
 def main() -> None:

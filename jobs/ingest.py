@@ -7,7 +7,7 @@ Running it again takes up where it was killed, and adds only the files that are 
 """
 
 from pipeline import ingest
-from pipeline.config import run_job
+from pipeline.runtime.job_config import run_job
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ ray job submit --working-dir . -- python -m jobs.pairs --folder s3://bucket/clip
 """
 
 from pipeline import pairs
-from pipeline.config import run_job
+from pipeline.runtime.job_config import run_job
 
 
 def main() -> None:

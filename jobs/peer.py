@@ -4,7 +4,7 @@ python -m jobs.peer --method bicubic --input /set/lq --output /results/bicubic -
 """
 
 from pipeline import peers
-from pipeline.config import run_job
+from pipeline.runtime.job_config import run_job
 
 
 def run(config: peers.PeerConfig) -> None:

@@ -6,7 +6,7 @@ It takes every argument of jobs.train_dit.
 """
 
 from pipeline import plan
-from pipeline.config import run_job
+from pipeline.runtime.job_config import run_job
 
 
 def main() -> None:

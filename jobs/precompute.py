@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python -m jobs.precompute --config configs/dem
 """
 
 from pipeline import precompute
-from pipeline.config import run_job
+from pipeline.runtime.job_config import run_job
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ ray job submit --working-dir . -- python -m jobs.restore --config configs/demo/r
 """
 
 from pipeline import restore
-from pipeline.config import run_job
+from pipeline.runtime.job_config import run_job
 
 
 def main() -> None:

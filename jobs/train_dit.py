@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python -m jobs.train_dit --config configs/smal
 """
 
 from pipeline import train_dit
-from pipeline.config import run_job
+from pipeline.runtime.job_config import run_job
 
 
 def main() -> None:

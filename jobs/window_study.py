@@ -6,7 +6,7 @@ ray job submit --working-dir . -- python -m jobs.window_study --training configs
 """
 
 from pipeline import window_study
-from pipeline.config import run_job
+from pipeline.runtime.job_config import run_job
 
 
 def main() -> None:

@@ -28,11 +28,11 @@ from pipeline import (
     evaluate_tables,
     media,
     peers,
-    stage,
     weights,
 )
 from pipeline.restore import IMAGE_ENDINGS, MANIFEST, VIDEO_ENDINGS, natural_order
 from pipeline.restorer import reconstruct
+from pipeline.runtime import stage
 from pipeline.sandbox import Sandbox
 from pipeline.scores import niqe, published
 from pipeline.scores.full_reference import full_reference_scores

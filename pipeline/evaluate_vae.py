@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from model.checkpoints import load_autoencoder
 from model.lpips import Lpips
 from model.vae import CausalVideoAutoencoder
-from pipeline import evaluate_tables, media, stage, weights
+from pipeline import evaluate_tables, media, weights
 from pipeline.diffusers_vae import CONFIG_FILE, DiffusersAutoencoder
 from pipeline.evaluate import bicubic, media_files, summarise
 from pipeline.restorer import reconstruct
+from pipeline.runtime import stage
 from pipeline.sandbox import Sandbox
 from pipeline.scores import frechet
 from pipeline.scores.full_reference import full_reference_scores

@@ -16,13 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import (
-    metrics,
-    score_page,
-    selection,
-    shards,
-    stage,
-)
+from pipeline import score_page, selection
+from pipeline.runtime import prometheus, stage, work_plan
 from pipeline.sandbox import MediaError
 from pipeline.sandbox import shared as shared_sandbox
 from pipeline.scores import scorers, technical
@@ -151,7 +146,7 @@ def score_shard(row: dict[str, Any], config: FilterConfig) -> dict[str, Any]:
     """One task: the scores of one shard's clips."""
     table_schema = schema.with_fingerprint(SCORES_SCHEMA, config.fingerprint)
     folder = storage.join(config.data, schema.SCORES)
-    return shards.make_shard(folder, row["shard"], table_schema, lambda clips: score_clips(clips, config))
+    return work_plan.make_shard(folder, row["shard"], table_schema, lambda clips: score_clips(clips, config))
 
 
 def read_decided(config: FilterConfig, made_by: list[str], files: list[str]) -> selection.Clips:
@@ -198,7 +193,7 @@ def score_learned(config: FilterConfig, made_by: list[str], files: list[str]) ->
         fingerprint = schema.fingerprint(scorers=sorted(wanted))
         rows = (row for row, own in zip(_rows_of(files), lacking, strict=True) if own == bits)
         size = config.scorers.clips_per_shard
-        planned = shards.plan(folder, rows, "clip_id", fingerprint, size, near=itemgetter("source_id"))
+        planned = work_plan.plan(folder, rows, "clip_id", fingerprint, size, near=itemgetter("source_id"))
         reports += stage.run_shards(
             planned.pending,
             learned.ScoreShard,
@@ -231,7 +226,7 @@ def rebuild_selection(config: FilterConfig, made_by: list[str], summary: stage.S
             table = storage.read_table(file, ["clip_id", "error"])
             rows = selection.rows(clips, decision, first, table)
             first += len(rows)
-            reasons.update(shards.count_reasons([row["reject_reason"] for row in rows]))
+            reasons.update(work_plan.count_reasons([row["reject_reason"] for row in rows]))
             summary.rows_kept += sum(row["keep"] for row in rows)
             held_out = sum(row["keep"] and row["split"] == "held_out" for row in rows)
             summary.details["held out"] = summary.details.get("held out", 0) + held_out
@@ -239,13 +234,13 @@ def rebuild_selection(config: FilterConfig, made_by: list[str], summary: stage.S
             yield pa.Table.from_pylist(rows, schema=schema.SELECTION_SCHEMA)
 
     url = storage.join(config.data, schema.SELECTION, SELECTION_FILE)
-    storage.write_table(url, shards.joined(tables()), schema.SELECTION_SCHEMA)
+    storage.write_table(url, work_plan.joined(tables()), schema.SELECTION_SCHEMA)
     summary.rows_in = len(clips)
     summary.rejected = dict(reasons.most_common())
     summary.details["clips without scores yet"] = clips.not_scored
     if config.scorers.names:
         summary.details["clips without learned scores yet"] = int((clips.lacking > 0).sum())
-    metrics.count_rejected(summary.rejected)
+    prometheus.count_rejected(summary.rejected)
     spreads = read_spreads(config, made_by)
     shown = score_page.page(spreads, summary.rejected, len(clips), summary.rows_kept)
     page_url = storage.join(config.data, schema.SELECTION, _PAGE)
@@ -294,7 +289,7 @@ def run(config: FilterConfig) -> stage.Summary:
     def work(summary: stage.Summary) -> None:
         stage.check_shared(config.data, config.shared_filesystem, "data")
         if not config.rethreshold:
-            planned = shards.plan(
+            planned = work_plan.plan(
                 folder,
                 iterate_clips(config.data),
                 "clip_id",

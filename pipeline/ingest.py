@@ -16,13 +16,8 @@ import numpy as np
 import pyarrow.compute as pc
 import ray
 
-from pipeline import (
-    listing,
-    media,
-    shards,
-    shots,
-    stage,
-)
+from pipeline import listing, media, shots
+from pipeline.runtime import stage, work_plan
 from pipeline.sandbox import MediaError, Sandbox
 from pipeline.sandbox import shared as shared_sandbox
 from pipeline.store import schema, source_cache, storage
@@ -254,7 +249,7 @@ def ingest_shard(row: dict[str, Any], config: IngestConfig) -> dict[str, Any]:
         made.extend(planned)
         return [clip for source in planned for clip in ingest_source(source, config, _sandbox(config))]
 
-    report = shards.make_shard(folder, row["shard"], table_schema, make_rows)
+    report = work_plan.make_shard(folder, row["shard"], table_schema, make_rows)
     for source in made:  # the clips are safe: what was kept to make them is not needed any more
         storage.remove_folder(_spans_folder(source, config))
     return report
@@ -273,7 +268,7 @@ def run(config: IngestConfig) -> stage.Summary:
             stage.check_shared(getattr(config, key), config.shared_filesystem, key)
         start = time.monotonic()
         listed = list_sources(config)
-        planned = shards.plan(folder, listed, "source_id", config.fingerprint, config.sources_per_shard)
+        planned = work_plan.plan(folder, listed, "source_id", config.fingerprint, config.sources_per_shard)
         summary.details["planning_s"] = time.monotonic() - start
         reports = stage.run_shards(
             planned.pending, ingest_shard, "ingest", config.concurrency, constructor_args=(config,)
@@ -295,7 +290,7 @@ def count_clips(folder: str, summary: stage.Summary) -> None:
     for table in storage.iterate_folder(folder, ["media", "error"]):
         good = table.filter(pc.is_null(table["error"]))
         kinds.update(good["media"].to_pylist())
-        reasons.update(shards.count_reasons(table["error"].to_pylist()))
+        reasons.update(work_plan.count_reasons(table["error"].to_pylist()))
     summary.rows_kept = sum(kinds.values())
     summary.errors = sum(reasons.values())
     summary.rejected = dict(reasons.most_common())

@@ -20,8 +20,9 @@ import numpy as np
 import ray
 
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, draw, to_json
-from pipeline import encoding, media, stage
+from pipeline import encoding, media
 from pipeline.listing import IMAGE_ENDINGS, VIDEO_ENDINGS
+from pipeline.runtime import stage
 from pipeline.sandbox import shared as shared_sandbox
 from pipeline.store import schema, source_cache, storage
 

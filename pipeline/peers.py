@@ -25,7 +25,7 @@ import yaml
 
 from pipeline import encoding, filters, media
 from pipeline.listing import IMAGE_ENDINGS, VIDEO_ENDINGS
-from pipeline.stage import proportional_memory
+from pipeline.runtime.stage import proportional_memory
 from pipeline.store import storage
 from pipeline.store.schema import SUMMARY
 

@@ -23,13 +23,11 @@ from pipeline import (
     estimate,
     levels,
     media,
-    metrics,
     sampling,
-    shards,
-    stage,
     text_stage,
     weights,
 )
+from pipeline.runtime import prometheus, stage, work_plan
 from pipeline.sandbox import MediaError
 from pipeline.sandbox import shared as shared_sandbox
 from pipeline.store import bf16_columns, schema, source_cache, storage
@@ -171,8 +169,8 @@ class EncodeShard:
         self.prepare = ray.remote(num_cpus=1, scheduling_strategy="SPREAD", max_retries=3)(prepare_sample)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        report = shards.make_shard(self.folder, row["shard"], self.schema, self._rows)
-        index_file(self.folder, shards.Shard(**json.loads(row["shard"])))
+        report = work_plan.make_shard(self.folder, row["shard"], self.schema, self._rows)
+        index_file(self.folder, work_plan.Shard(**json.loads(row["shard"])))
         return report
 
     def measure(self, planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -212,7 +210,7 @@ class EncodeShard:
             return {**row, "error": pixels["error"]}
         start = time.monotonic()
         latents = encode_pair(self.vae, pixels["hq"], pixels["lq"], planned["seed"])
-        metrics.count(metrics.MODEL_SECONDS, time.monotonic() - start, model="vae")
+        prometheus.count(prometheus.MODEL_SECONDS, time.monotonic() - start, model="vae")
         return {**row, **latents, "degradation": pixels["degradation"]}
 
 
@@ -226,10 +224,10 @@ def plan_rows(config: PrecomputeConfig, kept: text_stage.KeptClips) -> Iterator[
             yield {**sample, **extra}
 
 
-def index_file(latents_url: str, shard: shards.Shard) -> None:
+def index_file(latents_url: str, shard: work_plan.Shard) -> None:
     """Write the index of one latents file: where each sample without an error stands."""
     file = storage.join(latents_url, shard.name)
-    planned = {row["sample_id"]: row for row in shards.read_shard(latents_url, shard)}
+    planned = {row["sample_id"]: row for row in work_plan.read_shard(latents_url, shard)}
     columns = ["sample_id", "clip_id", "media", "num_frames", "height", "width", "error"]
     rows = []
     for group_number in range(storage.read_metadata(file).num_row_groups):
@@ -260,7 +258,7 @@ def complete_index(latents_url: str) -> int:
     index_url = storage.join(latents_url, schema.INDEX)
     made = {url.rsplit("/", 1)[1] for url in storage.parquet_files(latents_url)}
     missing = made - {url.rsplit("/", 1)[1] for url in storage.parquet_files(index_url)}
-    for shard in shards.planned_shards(latents_url) if missing else ():
+    for shard in work_plan.planned_shards(latents_url) if missing else ():
         if shard.name in missing:
             index_file(latents_url, shard)
     return storage.count_rows(index_url)
@@ -309,7 +307,7 @@ def _make(config: PrecomputeConfig, kept: text_stage.KeptClips, folder: str, sum
     text_s = time.monotonic() - start
     fingerprint = latents_fingerprint(config)
     counted = _Counted()
-    planned = shards.plan(
+    planned = work_plan.plan(
         folder,
         counted.watch(plan_rows(config, kept)),
         "sample_id",
@@ -352,7 +350,7 @@ def run(config: PrecomputeConfig) -> stage.Summary:
     folder = storage.join(config.data, schema.LATENTS)
     kept = text_stage.KeptClips(config.data)
     fingerprint = latents_fingerprint(config)
-    shards.check_fingerprint(folder, fingerprint)
+    work_plan.check_fingerprint(folder, fingerprint)
 
     def work(summary: stage.Summary) -> None:
         stage.check_shared(config.data, config.shared_filesystem, "data")

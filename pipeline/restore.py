@@ -17,7 +17,7 @@ import ray
 import torch
 
 from model import preprocess
-from pipeline import backbones, media, preview_page, stage
+from pipeline import backbones, media, preview_page
 from pipeline.memory_plan import free_gib, is_out_of_memory, plan_memory, step_down
 from pipeline.restore_file import (
     Encoding,
@@ -29,6 +29,7 @@ from pipeline.restore_file import (
     restore_video,
 )
 from pipeline.restorer import STEPS_OF_WORK, Restorer, Sampling
+from pipeline.runtime import stage
 from pipeline.sandbox import Sandbox
 from pipeline.segments import Segments
 from pipeline.store import schema, storage

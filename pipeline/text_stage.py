@@ -20,13 +20,8 @@ from torch import Tensor
 
 from model import text
 from model.text import TextEmbedding, TextEncoderConfig, TextEncoders
-from pipeline import (
-    backbones,
-    metrics,
-    shards,
-    stage,
-    weights,
-)
+from pipeline import backbones, weights
+from pipeline.runtime import prometheus, stage, work_plan
 from pipeline.store import bf16_columns, schema, storage
 from pipeline.store.id_index import ID_BYTES, Lookup, id_array
 
@@ -147,12 +142,12 @@ class EncodeText:
         )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return shards.make_shard(self.folder, row["shard"], self.schema, self._rows)
+        return work_plan.make_shard(self.folder, row["shard"], self.schema, self._rows)
 
     def _rows(self, planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
         start = time.monotonic()
         embeddings = self.encoders.encode([row["caption"] or "" for row in planned])
-        metrics.count(metrics.MODEL_SECONDS, time.monotonic() - start, model="text")
+        prometheus.count(prometheus.MODEL_SECONDS, time.monotonic() - start, model="text")
         return [
             schema.empty_row(schema.TEXT_SCHEMA, clip_id=row["clip_id"], **text_columns(embedding))
             for row, embedding in zip(planned, embeddings, strict=True)
@@ -165,7 +160,7 @@ def write_fixed(row: dict[str, Any], folder: str, table: pa.Schema) -> dict[str,
     def rows(planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [schema.empty_row(schema.TEXT_SCHEMA, clip_id=clip["clip_id"]) for clip in planned]
 
-    return shards.make_shard(folder, row["shard"], table, rows)
+    return work_plan.make_shard(folder, row["shard"], table, rows)
 
 
 class KeptClips:
@@ -216,7 +211,7 @@ def embed_kept_clips(data_url: str, kept: KeptClips, config: TextConfig, cpus: f
     folder = storage.join(data_url, schema.TEXT)
     rows = (row for row, _, _ in kept.rows(data_url, ["clip_id", "caption"]))
     fingerprint = schema.fingerprint(text=dataclasses.asdict(config))
-    planned = shards.plan(folder, rows, "clip_id", fingerprint, _CLIPS_PER_SHARD)
+    planned = work_plan.plan(folder, rows, "clip_id", fingerprint, _CLIPS_PER_SHARD)
     stage.run_shards(
         planned.pending,
         EncodeText,
@@ -239,7 +234,7 @@ def fix_kept_clips(data_url: str, kept: KeptClips, config: FixedTextConfig) -> N
     table = schema.with_fingerprint(
         schema.TEXT_SCHEMA, fingerprint, text="fixed", **{_FIXED_KEY.decode(): fixed}
     )
-    planned = shards.plan(folder, rows, "clip_id", fingerprint, _CLIPS_PER_SHARD)
+    planned = work_plan.plan(folder, rows, "clip_id", fingerprint, _CLIPS_PER_SHARD)
     stage.run_shards(
         planned.pending, write_fixed, "precompute: fixed prompt", constructor_args=(folder, table)
     )

@@ -23,7 +23,6 @@ from pipeline import (
     batches,
     online,
     sample_stream,
-    stage,
     text_stage,
     train_log,
     training,
@@ -33,6 +32,7 @@ from pipeline.checkpoint import Checkpoints, from_rank_0
 from pipeline.faults import FaultConfig, Orders, StepGuard, StoppedError, outcome
 from pipeline.one_step import OneStepConfig, PixelLoss
 from pipeline.online import OnlineConfig, OnlineReader
+from pipeline.runtime import stage
 from pipeline.store import schema, storage
 from pipeline.train_state import MovingAverage
 from pipeline.validation import Validation, ValidationConfig

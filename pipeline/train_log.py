@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from pipeline import metrics, training
+from pipeline import training
+from pipeline.runtime import prometheus
 from pipeline.store import schema, storage
 
 TIME_BINS = 5
@@ -102,7 +103,7 @@ class Log:
             return
         everything = {**values, **(details or {}), "samples_seen": self._samples}
         self._write(everything, step)
-        metrics.show_training(self._name, step, int(values["samples"]), values)
+        prometheus.show_training(self._name, step, int(values["samples"]), values)
         done = len(self.history) - self._first
         eta_s = (time.monotonic() - self._started) / done * (self.total_steps - step - 1)
         shown = " ".join(f"{_SHORT_NAMES.get(key, key)} {value:.4g}" for key, value in values.items())

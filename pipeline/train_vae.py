@@ -24,7 +24,6 @@ from pipeline import (
     levels,
     media,
     sampling,
-    stage,
     train_log,
     training,
     vae_objective,
@@ -32,6 +31,7 @@ from pipeline import (
 )
 from pipeline.checkpoint import Checkpoints
 from pipeline.faults import Orders, StoppedError, outcome
+from pipeline.runtime import stage
 from pipeline.sandbox import MediaError, Sandbox
 from pipeline.scores.full_reference import psnr
 from pipeline.store import schema, source_cache, storage

@@ -24,8 +24,9 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
 
-from pipeline import faults, stage
+from pipeline import faults
 from pipeline.checkpoint import CHECKPOINTS
+from pipeline.runtime import stage
 from pipeline.store import storage
 
 WEIGHTS, HISTORY = "weights", "history.json"

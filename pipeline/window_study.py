@@ -17,13 +17,13 @@ from pipeline import (
     evaluate_tables,
     pairs,
     restore,
-    stage,
     train_dit,
     training,
 )
 from pipeline.backbones import ModelConfig
 from pipeline.restore_file import Encoding
 from pipeline.restorer import Sampling
+from pipeline.runtime import stage
 from pipeline.scores import published
 from pipeline.scores.perceptual import LearnedMetrics
 from pipeline.store import storage

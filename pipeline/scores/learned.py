@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from model import checkpoints
 from model.quality import aesthetic, fast_vqa
-from pipeline import media, shards
+from pipeline import media
+from pipeline.runtime import work_plan
 from pipeline.sandbox import MediaError
 from pipeline.sandbox import shared as shared_sandbox
 from pipeline.scores.scorers import ScorersConfig, name_of
@@ -162,7 +163,7 @@ class ScoreShard:
         self.scorers = {name: load_scorer(name, config, device) for name in map(name_of, made_by)}
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return shards.make_shard(
+        return work_plan.make_shard(
             self.folder, row["shard"], self.schema, lambda planned: [self._row(clip) for clip in planned]
         )
 

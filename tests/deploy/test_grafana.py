@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ray
 
-from pipeline import metrics
+from pipeline.runtime import prometheus
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "deploy/grafana/openseedvr.json"
 
@@ -23,7 +23,7 @@ def asked() -> set[str]:
 def test_our_metrics_are_those_of_the_module():
     ours = {name for name in asked() if name.startswith("ray_openseedvr_")}
     assert ours
-    source = Path(metrics.__file__).read_text()
+    source = Path(prometheus.__file__).read_text()
     for name in ours:
         plain = name.removeprefix("ray_").removesuffix("_total")
         known = plain in source or re.search(rf'"{plain.removeprefix("openseedvr_train_")}": "', source)
@@ -31,7 +31,7 @@ def test_our_metrics_are_those_of_the_module():
 
 
 def test_every_counter_of_the_data_stages_is_shown():
-    counted = {f"ray_{name}_total" for name in metrics._TAGS}
+    counted = {f"ray_{name}_total" for name in prometheus._TAGS}
     assert counted <= asked()
 
 

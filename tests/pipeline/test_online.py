@@ -10,10 +10,10 @@ from pipeline import (
     batches,
     online,
     precompute,
-    stage,
     text_stage,
     train_dit,
 )
+from pipeline.runtime import stage
 from pipeline.sampling import Bucket
 from pipeline.store import schema, storage
 from tests.pipeline.data_root import make_data_root

@@ -12,8 +12,8 @@ from model.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT
 from model.operations import Config, forward_operations
 from model.swin_mmdit import TINY, SwinMMDiT, SwinMMDiTConfig
 from pipeline import plan
-from pipeline.config import parse
 from pipeline.plan import PlanConfig, Sample
+from pipeline.runtime.job_config import parse
 from pipeline.sampling import Bucket
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,8 @@ import ray
 import torch
 
 from model.text import TINY_ENCODERS
-from pipeline import batches, metrics, precompute, text_stage
+from pipeline import batches, precompute, text_stage
+from pipeline.runtime import prometheus
 from pipeline.sampling import Bucket, Native
 from pipeline.store import bf16_columns, schema, storage
 from tests.pipeline.data_root import make_data_root
@@ -177,7 +178,7 @@ def test_counts_are_served_to_prometheus(made):
             with urllib.request.urlopen(url, timeout=20) as answer:
                 lines = answer.read().decode().splitlines()
             for line in lines:
-                if line.startswith(f"ray_{metrics.ROWS}_total{{"):
+                if line.startswith(f"ray_{prometheus.ROWS}_total{{"):
                     table = line.split('table="')[1].split('"')[0]
                     found[table] = found.get(table, 0) + float(line.rsplit(" ", 1)[1])
         return found

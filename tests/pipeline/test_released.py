@@ -32,9 +32,9 @@ from pipeline import (
     weights,
 )
 from pipeline.backbones import ModelConfig
-from pipeline.config import parse
 from pipeline.latent_stream import Chunk, frame_noise
 from pipeline.restore import RestoreConfig, Restorer, Sampling
+from pipeline.runtime.job_config import parse
 from pipeline.sampling import Bucket
 from pipeline.store import schema, storage
 from tests.pipeline import released_models

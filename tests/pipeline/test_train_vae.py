@@ -25,7 +25,7 @@ from pipeline import (
     vae_objective,
     weights,
 )
-from pipeline.config import parse
+from pipeline.runtime.job_config import parse
 from pipeline.sampling import Bucket
 from pipeline.store import schema, storage
 from pipeline.vae_objective import AdversarialConfig

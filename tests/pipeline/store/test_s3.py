@@ -23,10 +23,10 @@ from pipeline import (
     media,
     precompute,
     sampling,
-    shards,
     shots,
 )
 from pipeline.filter import FilterConfig, Threshold
+from pipeline.runtime import work_plan
 from pipeline.sampling import Bucket
 from pipeline.store import schema, source_cache, storage
 from tests.pipeline import object_store
@@ -66,7 +66,7 @@ def upload(store, prefix: str) -> str:
 
 def run_pending(folder: str, config, sources, id_column: str, make) -> None:
     """What run() does, in this process: plan, then make each shard."""
-    for shard in shards.plan(folder, sources, id_column, config.fingerprint, 2).pending:
+    for shard in work_plan.plan(folder, sources, id_column, config.fingerprint, 2).pending:
         make({"shard": shard.to_json()}, config)
 
 

@@ -4,7 +4,7 @@ import os
 import pyarrow as pa
 import pytest
 
-from pipeline import shards
+from pipeline.runtime import work_plan
 from pipeline.store import bf16_columns, schema, storage
 
 TABLE = pa.schema([("row_id", pa.string()), ("data", pa.large_binary())])
@@ -14,15 +14,15 @@ def rows(count: int, first: int = 0) -> list[dict]:
     return [{"row_id": f"r{i:04d}"} for i in range(first, first + count)]
 
 
-def plan(folder: str, planned: list[dict], rows_per_shard: int = 8) -> list[shards.Shard]:
-    return shards.plan(folder, planned, "row_id", "f", rows_per_shard).pending
+def plan(folder: str, planned: list[dict], rows_per_shard: int = 8) -> list[work_plan.Shard]:
+    return work_plan.plan(folder, planned, "row_id", "f", rows_per_shard).pending
 
 
-def make(folder: str, pending: list[shards.Shard], fingerprint: str = "f") -> None:
+def make(folder: str, pending: list[work_plan.Shard], fingerprint: str = "f") -> None:
     table_schema = schema.with_fingerprint(TABLE, fingerprint)
     for shard in pending:
         made = lambda planned: [{**row, "data": row["row_id"].encode()} for row in planned]  # noqa: E731
-        shards.make_shard(folder, shard.to_json(), table_schema, made)
+        work_plan.make_shard(folder, shard.to_json(), table_schema, made)
 
 
 def ids(folder: str) -> list[str]:
@@ -40,7 +40,7 @@ def test_what_was_made_is_never_made_again_and_additions_only_add(tmp_path):
     assert sorted(ids(folder)) == [row["row_id"] for row in rows(50)]
     before = {url: os.stat(storage.path_of(url)).st_mtime_ns for url in storage.parquet_files(folder)}
     more = plan(folder, rows(60))
-    planned = [row for shard in more for row in shards.read_shard(folder, shard)]
+    planned = [row for shard in more for row in work_plan.read_shard(folder, shard)]
     assert sorted(planned, key=lambda row: row["row_id"]) == rows(10, 50)
     make(folder, more)
     assert sorted(ids(folder)) == [row["row_id"] for row in rows(60)]
@@ -51,7 +51,7 @@ def test_rows_made_in_another_way_do_not_mix(tmp_path):
     folder = f"file://{tmp_path}/table"
     make(folder, plan(folder, rows(4)))
     with pytest.raises(ValueError, match="made with other settings or models"):
-        shards.plan(folder, rows(4), "row_id", "g", 2)
+        work_plan.plan(folder, rows(4), "row_id", "g", 2)
 
 
 def test_a_half_written_file_is_not_seen(tmp_path):
@@ -73,10 +73,10 @@ def test_a_walk_finds_each_file_once_whatever_links_there_are(tmp_path):
 
 def test_row_groups_keep_to_their_limits(tmp_path):
     many = [{"row_id": str(i), "data": b"x"} for i in range(150)]
-    assert [table.num_rows for table in shards.row_groups(many, TABLE)] == [64, 64, 22]
+    assert [table.num_rows for table in work_plan.row_groups(many, TABLE)] == [64, 64, 22]
     assert schema.MAX_ROW_GROUP_BYTES <= 128 * 1024**2
     large = [{"row_id": str(i), "data": bytes(schema.MAX_ROW_GROUP_BYTES * 2 // 5)} for i in range(5)]
-    assert [table.num_rows for table in shards.row_groups(large, TABLE)] == [2, 2, 1]
+    assert [table.num_rows for table in work_plan.row_groups(large, TABLE)] == [2, 2, 1]
 
 
 @pytest.mark.parametrize(

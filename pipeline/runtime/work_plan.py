@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import metrics
+from pipeline.runtime import prometheus
 from pipeline.store import schema, storage
 
 PLANS = "_plan"
@@ -237,7 +237,7 @@ def make_shard(
     rows = make_rows(read_shard(folder_url, shard))
     size = write_shard(folder_url, shard, rows, table_schema)
     errors = sum(1 for row in rows if row.get("error"))
-    metrics.count_shard(folder_url.rsplit("/", 1)[1], len(rows), errors, size)
+    prometheus.count_shard(folder_url.rsplit("/", 1)[1], len(rows), errors, size)
     return ShardReport(len(rows), errors, time.monotonic() - start, size).as_row()
 
 

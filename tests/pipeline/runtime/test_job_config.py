@@ -11,9 +11,9 @@ import pytest
 
 from pipeline import evaluate, evaluate_vae, ingest, pairs, precompute, restore, train_dit, train_vae
 from pipeline import filter as filter_stage
-from pipeline.config import parse
+from pipeline.runtime.job_config import parse
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 ELSEWHERE = {"peers.yaml", "sets.yaml", "training_mix.yaml"}  # read by jobs.peer, jobs.evaluate, a benchmark
 DATA = ["--data", "file:///d"]
 DIT_DATA = [*DATA, "--output", "file:///o"]

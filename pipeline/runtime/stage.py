@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import ray
 
-from pipeline import shards
+from pipeline.runtime import work_plan
 from pipeline.store import source_cache, storage
 from pipeline.store.schema import SUMMARY
 
@@ -173,7 +173,7 @@ def run_stage(name: str, folder_url: str, work: Callable[[Summary], None]) -> Su
 
 
 def run_shards(
-    pending: list[shards.Shard],
+    pending: list[work_plan.Shard],
     task: Callable[..., dict[str, Any]] | type,
     name: str,
     concurrency: int | None = None,
