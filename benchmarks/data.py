@@ -30,11 +30,12 @@ import torch
 from model.text import TINY_ENCODERS
 from model.vae.autoencoder import FULL_CONFIG, CausalVideoAutoencoder
 from pipeline import filter as filter_stage
-from pipeline import ingest, media, precompute, sampling
+from pipeline import ingest, precompute, sampling
 from pipeline.filter import FilterConfig
 from pipeline.runtime import stage, work_plan
 from pipeline.scores import niqe, technical
 from pipeline.store import schema, storage
+from pipeline.video import decoding
 
 OUT = Path("out/bench")
 MEDIA = Path("demo/media").resolve()
@@ -110,7 +111,7 @@ def filter_vs_decode(clips: list[dict[str, Any]], rounds: int) -> dict[str, floa
 
 
 def niqe_vs_basicsr(rounds: int) -> dict[str, float]:
-    frame = next(media.decode_frames(str(MEDIA / "trailer_bbb.mp4"), max_frames=1))
+    frame = next(decoding.decode_frames(str(MEDIA / "trailer_bbb.mp4"), max_frames=1))
     frame = cv2.resize(frame, (1280, 720))
     niqe.niqe(frame)
     seconds = min(timed(lambda: niqe.niqe(frame)) for _ in range(rounds))

@@ -33,11 +33,12 @@ import torch
 from benchmarks.memory import reset_peak, status_bytes
 from model.swin_mmdit import TINY, SwinMMDiT
 from model.vae.autoencoder import CausalVideoAutoencoder
-from pipeline import encoding, media, restore, weights
+from pipeline import restore, weights
 from pipeline.backbones import ModelConfig
 from pipeline.latent_stream import Chunk
 from pipeline.restore import RestoreActor, RestoreConfig, Sampling
 from pipeline.runtime.stage import proportional_memory
+from pipeline.video import decoding, encoding
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = f"file://{ROOT}/demo/weights/vae", f"file://{ROOT}/demo/weights/dit"
@@ -65,7 +66,7 @@ def make_clip(path: Path, frames: int, size: tuple[int, int]) -> None:
     """Real frames at a (height, width), there and back again until there are enough."""
     real = [
         cv2.resize(frame, size[::-1], interpolation=cv2.INTER_CUBIC)
-        for frame in media.decode_frames(str(CLIP), max_frames=40)
+        for frame in decoding.decode_frames(str(CLIP), max_frames=40)
     ]
     there_and_back = [*real, *real[-2:0:-1]]
     with encoding.VideoWriter(str(path), Fraction(25), size[1], size[0], crf=20) as writer:
@@ -134,7 +135,7 @@ def run_ours(clip: str, vae: str, dit: str) -> dict[str, Any]:
             cpus=2,
         )
         actor = RestoreActor(config)
-        actor.sandbox.call(media.probe, clip)  # the decoder's process counts to what is loaded
+        actor.sandbox.call(decoding.probe, clip)  # the decoder's process counts to what is loaded
         (row,) = restore.list_inputs(config)
         row |= {"preview": False, "fingerprint": restore.fingerprint(config, row)}
         with MemoryRise() as rise:
@@ -148,7 +149,7 @@ def run_naive(clip: str, vae_url: str, dit_url: str) -> dict[str, Any]:
     actor_restorer = restore.Restorer.from_weights(ModelConfig(dit_url, vae=vae_url), SAMPLING, device="cpu")
     vae = actor_restorer.vae
     with MemoryRise() as rise, torch.inference_mode():
-        frames = np.stack(list(media.decode_frames(clip)))
+        frames = np.stack(list(decoding.decode_frames(clip)))
         video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         mean, _ = vae.encode(video)
         latent = vae.to_latent(mean, torch.zeros_like(mean), None)[0].permute(1, 2, 3, 0)

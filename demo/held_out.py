@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import media, pairs
+from pipeline import pairs
+from pipeline.video import decoding
 
 MEDIA = Path(__file__).resolve().parent / "media"
 KINDS = ("camera", "animation", "pan")
@@ -113,16 +114,16 @@ def shot_clips(shot: Shot, source: Path) -> tuple[list[np.ndarray], float]:
     """uint8 (T, H, W, 3) of each clip, spread over the shot's time and the frame, and frames per second."""
     places = [_PLACES[number % len(_PLACES)] for number in range(shot.clips)]
     if source.suffix == ".jpg":
-        picture = media.load_image(str(source))
+        picture = decoding.load_image(str(source))
         return [_pan(picture, *place) for place in places], 25.0
     spare = max(0, shot.end - shot.first - FRAMES)
     firsts = [shot.first + round(spare * (number + 0.5) / shot.clips) for number in range(shot.clips)]
     clips: list[list[np.ndarray]] = [[] for _ in firsts]
-    for index, frame in enumerate(islice(media.decode_frames(str(source)), shot.end)):
+    for index, frame in enumerate(islice(decoding.decode_frames(str(source)), shot.end)):
         for clip, first, place in zip(clips, firsts, places, strict=True):
             if first <= index < first + FRAMES:
                 clip.append(_crop(frame, *place))
-    return [np.stack(clip) for clip in clips], float(media.probe(str(source)).fps)
+    return [np.stack(clip) for clip in clips], float(decoding.probe(str(source)).fps)
 
 
 def _crop(frame: np.ndarray, down: float, right: float) -> np.ndarray:

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from demo.held_out import MEDIA
-from pipeline import media, pairs
+from pipeline import pairs
+from pipeline.video import decoding
 
 STILLS = (
     "astronaut.jpg",
@@ -48,7 +49,7 @@ def main() -> None:
     out = parser.parse_args().out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for name, move in zip(STILLS, itertools.cycle(MOVES_PX)):
-        frames = moved(media.load_image(str(MEDIA / name)), *move)
+        frames = moved(decoding.load_image(str(MEDIA / name)), *move)
         file = f"file://{out}/{Path(name).stem}.mkv"
         pairs.write_lossless(file, frames, 25.0, is_image=False)
         print(f"{file}: {frames.shape[2]}x{frames.shape[1]}, {len(frames)} frames")

@@ -24,15 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import preprocess
-from pipeline import (
-    encoding,
-    media,
-    precompute,
-    text_stage,
-    training,
-)
+from pipeline import precompute, text_stage, training
 from pipeline.runtime.job_config import parse
 from pipeline.store import schema, storage
+from pipeline.video import decoding, encoding
 from pipeline.weights import WEIGHTS_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,10 +104,10 @@ def restore_folder(url: str, source: Path, target: Path) -> None:
     network = load(url)
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        about = media.probe(str(file))
+        about = decoding.probe(str(file))
         size = about.width, about.height
         with encoding.VideoWriter(str(target / file.name), about.fps, *size, codec="ffv1") as writer:
-            for frame in restored(network, media.decode_frames(str(file))):
+            for frame in restored(network, decoding.decode_frames(str(file))):
                 writer.write(frame)
 
 

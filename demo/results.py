@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pipeline import media, report_plots, weights
+from pipeline import report_plots, weights
 from pipeline.report import CEILING, FILES, Comparison, Picture, Pictures, write_report
 from pipeline.restorer import reconstruct
 from pipeline.store import schema, storage
+from pipeline.video import decoding
 
 FILTER_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo" / "filter.yaml"
 MODELS = {"vae": "autoencoder", "dit": "transformer"}
@@ -175,14 +176,14 @@ def _rebuilder(out: Path) -> Reconstruct | None:
 def _frames(path: Path, count: int) -> list[np.ndarray]:
     """The first frames of a file, as many as it has; none if it cannot be read."""
     try:
-        return list(media.decode_frames(str(path), max_frames=count))
+        return list(decoding.decode_frames(str(path), max_frames=count))
     except (ValueError, OSError):
         return []
 
 
 def _frame(path: Path, index: int) -> np.ndarray | None:
     try:
-        return _nth(media.decode_frames(str(path)), index)
+        return _nth(decoding.decode_frames(str(path)), index)
     except (ValueError, OSError):
         return None
 

@@ -23,9 +23,18 @@ import numpy as np
 from degradations.recipe import LIGHT, REALBASICVSR, RecipeConfig
 from demo import held_out, pixel_cnn
 from demo.held_out import HELD_OUT, TRAINING, Shot, shot_of
-from pipeline import evaluate, evaluate_tables, filters, media, pairs, peers, restore, weights
+from pipeline import (
+    evaluate,
+    evaluate_tables,
+    filters,
+    pairs,
+    peers,
+    restore,
+    weights,
+)
 from pipeline.runtime.job_config import parse
 from pipeline.scores.full_reference import psnr
+from pipeline.video import decoding
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFESTS = ROOT / "demo" / "manifests"
@@ -78,8 +87,8 @@ def best_filter(made: Path) -> tuple[str, dict[str, float]]:
     for name in ("none", *filters.GRID):
         values = []
         for file in sorted((made / pairs.LQ).iterdir()):
-            truth = media.decode_frames(str(made / pairs.HQ / file.name))
-            filtered = filters.by_name(name)(media.decode_frames(str(file)))
+            truth = decoding.decode_frames(str(made / pairs.HQ / file.name))
+            filtered = filters.by_name(name)(decoding.decode_frames(str(file)))
             values.append(np.mean([psnr(*pair) for pair in zip(filtered, truth, strict=True)]))
         means[name] = float(np.mean(values))
     return max(filters.GRID, key=lambda name: means[name]), means

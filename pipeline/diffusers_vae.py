@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline import levels
+from pipeline.video import pixel_range
 
 CONFIG_FILE = "config.json"
 FRAMES_AT_ONCE = 8
@@ -63,7 +63,7 @@ class DiffusersAutoencoder:
         """uint8 (T, H, W, 3) -> the same shape. Up to whole latent pixels and as many frames as the model
         takes (4n+1, 8n+1), the edge and the last frame are repeated; what was added is cut off again."""
         frames, height, width = clip.shape[:3]
-        video = levels.to_network(clip)
+        video = pixel_range.to_network(clip)
         pad = (-width % self.space_factor, -height % self.space_factor, (1 - frames) % self.frame_step)
         video = F.pad(video, (0, pad[0], 0, pad[1], 0, pad[2]), mode="replicate")
         if self.is_video:
@@ -73,7 +73,7 @@ class DiffusersAutoencoder:
             decoded = torch.cat([self._through(batch) for batch in batches]).transpose(0, 1)[None]
         if decoded.shape != video.shape:
             raise ValueError(f"it makes {tuple(decoded.shape[2:])} (T, H, W) of {tuple(video.shape[2:])}")
-        return levels.to_pixels(decoded[:, :, :frames, :height, :width])
+        return pixel_range.to_pixels(decoded[:, :, :frames, :height, :width])
 
     def _through(self, pixels: Tensor) -> Tensor:
         latent = self.network.encode(pixels.to(self.device)).latent_dist.mode()

@@ -23,22 +23,17 @@ import torch
 from torch import Tensor
 
 from model import preprocess
-from pipeline import (
-    benchmark_sets,
-    evaluate_tables,
-    media,
-    peers,
-    weights,
-)
+from pipeline import benchmark_sets, evaluate_tables, peers, weights
 from pipeline.restore import IMAGE_ENDINGS, MANIFEST, VIDEO_ENDINGS, natural_order
 from pipeline.restorer import reconstruct
 from pipeline.runtime import stage
-from pipeline.sandbox import Sandbox
 from pipeline.scores import niqe, published
 from pipeline.scores.full_reference import full_reference_scores
 from pipeline.scores.perceptual import LearnedMetrics, Networks
 from pipeline.scores.warping import warping_error
 from pipeline.store import storage
+from pipeline.video import decoding
+from pipeline.video.sandbox import Sandbox
 
 CEILING = "VAE(truth)"
 FULL_REFERENCE = ("psnr_rgb", "psnr_y", "ssim_rgb", "ssim_y")
@@ -272,12 +267,12 @@ def read(
     image."""
     if len(urls) == 1:
         path = stack.enter_context(storage.local_copy(urls[0], folder))
-        yield from reader.stream(media.decode_frames, path, max_side=max_side)
+        yield from reader.stream(decoding.decode_frames, path, max_side=max_side)
         return
     for url in urls:
         with storage.local_copy(url, folder) as path:
             try:
-                picture = reader.call(media.load_image, path)
+                picture = reader.call(decoding.load_image, path)
             except ValueError as error:
                 raise ValueError(f"{posixpath.basename(url)}: {error}") from None
         yield picture

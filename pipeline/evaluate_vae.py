@@ -23,16 +23,17 @@ from numpy.typing import NDArray
 from model.checkpoints import load_autoencoder
 from model.lpips import Lpips
 from model.vae import CausalVideoAutoencoder
-from pipeline import evaluate_tables, media, weights
+from pipeline import evaluate_tables, weights
 from pipeline.diffusers_vae import CONFIG_FILE, DiffusersAutoencoder
 from pipeline.evaluate import bicubic, media_files, summarise
 from pipeline.restorer import reconstruct
 from pipeline.runtime import stage
-from pipeline.sandbox import Sandbox
 from pipeline.scores import frechet
 from pipeline.scores.full_reference import full_reference_scores
 from pipeline.store import storage
 from pipeline.vae_objective import check_perceptual, load_perceptual
+from pipeline.video import decoding
+from pipeline.video.sandbox import Sandbox
 
 RESULTS = "vae_evaluation"
 METRICS = ("psnr_rgb", "ssim_rgb", "lpips")
@@ -245,7 +246,7 @@ class Measure:
     def _clip(self, url: str) -> NDArray[np.uint8]:
         """uint8 (frames, H, W, 3), at the configured size."""
         with tempfile.TemporaryDirectory() as folder, storage.local_copy(url, folder) as path:
-            stream = self.reader.stream(media.decode_frames, path, max_frames=self.config.frames)
+            stream = self.reader.stream(decoding.decode_frames, path, max_frames=self.config.frames)
             frames = [self._sized(frame) for frame in cast(Iterator[NDArray[np.uint8]], stream)]
         if len(frames) < self.config.frames:
             raise ValueError(f"it has {len(frames)} frames, `frames` asks for {self.config.frames}")

@@ -18,12 +18,12 @@ import pyarrow as pa
 
 from pipeline import score_page, selection
 from pipeline.runtime import prometheus, stage, work_plan
-from pipeline.sandbox import MediaError
-from pipeline.sandbox import shared as shared_sandbox
 from pipeline.scores import scorers, technical
 from pipeline.scores.scorers import ScorersConfig
 from pipeline.selection import Threshold
 from pipeline.store import schema, source_cache, storage
+from pipeline.video.sandbox import MediaError
+from pipeline.video.sandbox import shared as shared_sandbox
 
 SELECTION_FILE = "part-selection.parquet"
 _PAGE = "scores.html"

@@ -16,11 +16,12 @@ import numpy as np
 import pyarrow.compute as pc
 import ray
 
-from pipeline import listing, media, shots
+from pipeline import listing, shots
 from pipeline.runtime import stage, work_plan
-from pipeline.sandbox import MediaError, Sandbox
-from pipeline.sandbox import shared as shared_sandbox
 from pipeline.store import schema, source_cache, storage
+from pipeline.video import decoding
+from pipeline.video.sandbox import MediaError, Sandbox
+from pipeline.video.sandbox import shared as shared_sandbox
 
 _SPANS = "_spans"  # below clips/: what was scanned of sources that are not yet in the table
 
@@ -133,7 +134,7 @@ def ingest_source(source: dict[str, Any], config: IngestConfig, sandbox: Sandbox
 def _rows(
     source: dict[str, Any], common: dict[str, Any], path: str, config: IngestConfig, sandbox: Sandbox
 ) -> list[dict[str, Any]]:
-    found: media.Probe = sandbox.call(media.probe, path, config.max_pixels)
+    found: decoding.Probe = sandbox.call(decoding.probe, path, config.max_pixels)
     common = common | {
         "media": found.media,
         "time_base": str(found.time_base),
@@ -170,7 +171,7 @@ def _rows(
 
 def _scan(
     source: dict[str, Any],
-    found: media.Probe,
+    found: decoding.Probe,
     about: shots.Source,
     path: str,
     config: IngestConfig,

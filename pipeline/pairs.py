@@ -20,11 +20,11 @@ import numpy as np
 import ray
 
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, draw, to_json
-from pipeline import encoding, media
 from pipeline.listing import IMAGE_ENDINGS, VIDEO_ENDINGS
 from pipeline.runtime import stage
-from pipeline.sandbox import shared as shared_sandbox
 from pipeline.store import schema, source_cache, storage
+from pipeline.video import decoding, encoding
+from pipeline.video.sandbox import shared as shared_sandbox
 
 HQ, LQ, MANIFEST, RECORDS, SETTINGS = "hq", "lq", "manifest.json", "_records", "_settings.json"
 
@@ -120,14 +120,14 @@ def spread_over_sources(rows: list[dict[str, Any]], limit: int | None) -> list[d
 def read_middle(row: dict[str, Any], path: str, max_frames: int) -> tuple[np.ndarray, str, float]:
     """The middle frames of a clip row, or of a whole file where the row has no span: frames, media, fps."""
     if "num_frames" not in row:
-        probe = media.probe(path)
+        probe = decoding.probe(path)
         # counted, since what a file says of its number of frames is often wrong
-        count = 1 if probe.media == "image" else sum(1 for _ in media.decode_video(path))
+        count = 1 if probe.media == "image" else sum(1 for _ in decoding.decode_video(path))
         row = {"media": probe.media, "num_frames": count, "fps": float(probe.fps or 0)}
         row |= {"start_pts": None, "end_pts": None}
     count = min(row["num_frames"], max_frames)
     first = (row["num_frames"] - count) // 2
-    return media.read_frames(row, path, first, count), row["media"], row["fps"] or 25.0
+    return decoding.read_frames(row, path, first, count), row["media"], row["fps"] or 25.0
 
 
 def centre_crop(frames: np.ndarray, max_height: int, max_width: int) -> np.ndarray:

@@ -23,11 +23,12 @@ import numpy as np
 import psutil
 import yaml
 
-from pipeline import encoding, filters, media
+from pipeline import filters
 from pipeline.listing import IMAGE_ENDINGS, VIDEO_ENDINGS
 from pipeline.runtime.stage import proportional_memory
 from pipeline.store import storage
 from pipeline.store.schema import SUMMARY
+from pipeline.video import decoding, encoding
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS_FILE = ROOT / "configs" / "peers.yaml"
@@ -96,7 +97,7 @@ def run(config: PeerConfig) -> dict[str, Any]:
     seconds = time.monotonic() - start
     if process.returncode:
         raise ValueError(f"{config.method or 'command'}: status {process.returncode} from: {command}")
-    frames = sum(1 for file in clips(Path(target)) for _ in media.decode_frames(str(file), max_side=64))
+    frames = sum(1 for file in clips(Path(target)) for _ in decoding.decode_frames(str(file), max_side=64))
     if not frames:
         raise ValueError(f"{config.method or 'command'}: it left no video and no image in {target}")
     parameters = config.parameters_m
@@ -163,10 +164,10 @@ def baseline(name: str, source: Path, target: Path, scale: int = 1) -> None:
     """Write every clip of `source`, filtered and enlarged, losslessly."""
     through = filters.by_name(name)
     for file in clips(source):
-        about = media.probe(str(file))
+        about = decoding.probe(str(file))
         path = target / file.relative_to(source)
         path.parent.mkdir(parents=True, exist_ok=True)
-        frames = (enlarged(frame, scale) for frame in through(media.decode_frames(str(file))))
+        frames = (enlarged(frame, scale) for frame in through(decoding.decode_frames(str(file))))
         if about.media == "image":
             cv2.imwrite(str(path.with_suffix(".png")), cv2.cvtColor(next(frames), cv2.COLOR_RGB2BGR))
             continue

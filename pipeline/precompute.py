@@ -19,18 +19,12 @@ import torch
 
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, draw, to_json
 from model.vae.autoencoder import CausalVideoAutoencoder, posterior_noise
-from pipeline import (
-    estimate,
-    levels,
-    media,
-    sampling,
-    text_stage,
-    weights,
-)
+from pipeline import estimate, sampling, text_stage, weights
 from pipeline.runtime import prometheus, stage, work_plan
-from pipeline.sandbox import MediaError
-from pipeline.sandbox import shared as shared_sandbox
 from pipeline.store import bf16_columns, schema, source_cache, storage
+from pipeline.video import decoding, pixel_range
+from pipeline.video.sandbox import MediaError
+from pipeline.video.sandbox import shared as shared_sandbox
 
 _ESTIMATE = "_estimate"  # below the data root: a dry run's summary
 _MEDIA_FIELDS = (
@@ -117,7 +111,7 @@ def read_crop(
 ) -> np.ndarray:
     """Frames [first, first + count) of a clip, cut to (top, left, height, width): uint8 (T, H, W, 3)."""
     top, left, height, width = window
-    frames = media.read_frames(clip, path, first, count)
+    frames = decoding.read_frames(clip, path, first, count)
     return np.ascontiguousarray(frames[:, top : top + height, left : left + width])
 
 
@@ -141,7 +135,7 @@ def prepare_sample(planned: dict[str, Any], config: PrecomputeConfig) -> dict[st
 def encode_pair(vae: CausalVideoAutoencoder, hq: np.ndarray, lq: np.ndarray, seed: int) -> dict[str, Any]:
     """The latent columns of one sample. HQ and LQ are one batch, whoever the neighbours are."""
     parameter = next(vae.parameters())
-    pixels = torch.cat([levels.to_network(pair, parameter.device) for pair in (hq, lq)])
+    pixels = torch.cat([pixel_range.to_network(pair, parameter.device) for pair in (hq, lq)])
     mean, log_variance = vae.encode(pixels.to(parameter.dtype))
     columns: dict[str, Any] = {}
     for row, which in enumerate(("hq", "lq")):

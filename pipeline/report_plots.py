@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
-from pipeline import encoding
+from pipeline.video import encoding
 
 _BLUE, _RED = "#4a76a8", "#c0392b"
 _CELL_WIDTH, _CELL_HEIGHT, _GAP = 320, 240, 6

@@ -17,7 +17,7 @@ import ray
 import torch
 
 from model import preprocess
-from pipeline import backbones, media, preview_page
+from pipeline import backbones, preview_page
 from pipeline.memory_plan import free_gib, is_out_of_memory, plan_memory, step_down
 from pipeline.restore_file import (
     Encoding,
@@ -30,9 +30,10 @@ from pipeline.restore_file import (
 )
 from pipeline.restorer import STEPS_OF_WORK, Restorer, Sampling
 from pipeline.runtime import stage
-from pipeline.sandbox import Sandbox
 from pipeline.segments import Segments
 from pipeline.store import schema, storage
+from pipeline.video import decoding
+from pipeline.video.sandbox import Sandbox
 
 __all__ = ["Encoding", "RestoreConfig", "Restorer", "Sampling", "run"]
 
@@ -262,7 +263,7 @@ class RestoreActor:
                 source = open_sequence(row["files"], config.sequence_fps, sandbox, folder)
             else:
                 path = stack.enter_context(storage.local_copy(row["input"], folder))
-                source = open_video(path, sandbox.call(media.probe, path), sandbox, config.encoding.deep)
+                source = open_video(path, sandbox.call(decoding.probe, path), sandbox, config.encoding.deep)
             about = source.about
             size = config.output_size(about.height, about.width)
             facts: dict[str, Any] = {

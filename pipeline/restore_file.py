@@ -1,7 +1,7 @@
 """One video, image or image sequence -> its restored file: what an actor of `pipeline.restore` does per file.
 
 A video's restored frames go into a closed segment at every chunk; the end joins the segments with the
-source's sound, without encoding again (`pipeline.segments`, `pipeline.container`).
+source's sound, without encoding again (`pipeline.segments`, `pipeline.video.muxing`).
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from PIL import Image
 from torch import Tensor
 
 from model import preprocess
-from pipeline import container, display, encoding, media
 from pipeline.restorer import Restorer, RestoreStream
-from pipeline.sandbox import Sandbox
 from pipeline.segments import Segments
 from pipeline.store import storage
+from pipeline.video import colour, decoding, encoding, muxing
+from pipeline.video.sandbox import Sandbox
 
 _REPORT_EVERY_S = 10.0
 _PREVIEW_SIDE_PX = 960
@@ -61,7 +61,7 @@ class Encoding:
 class Source:
     """A video to restore."""
 
-    about: media.Probe
+    about: decoding.Probe
     frames: Callable[[int], Iterable[tuple[int, np.ndarray]]]
     """(time stamp, frame) of all but the first so many frames"""
     path: str | None = None
@@ -80,11 +80,11 @@ class Target:
     """for the progress lines"""
 
 
-def open_video(path: str, about: media.Probe, sandbox: Sandbox, deep: bool) -> Source:
+def open_video(path: str, about: decoding.Probe, sandbox: Sandbox, deep: bool) -> Source:
     """A video file, decoded in the sandbox."""
 
     def frames(skip: int) -> Iterator[tuple[int, np.ndarray]]:
-        for stamp, frame in sandbox.stream(container.stamped_frames, path, skip, deep):
+        for stamp, frame in sandbox.stream(muxing.stamped_frames, path, skip, deep):
             if frame is not None:
                 yield stamp, frame
 
@@ -97,13 +97,13 @@ def open_sequence(urls: list[str], fps: float, sandbox: Sandbox, folder: str) ->
     def picture(url: str) -> np.ndarray:
         with storage.local_copy(url, folder) as path:
             try:
-                return sandbox.call(media.load_image, path)
+                return sandbox.call(decoding.load_image, path)
             except ValueError as error:
                 raise ValueError(f"{os.path.basename(url)}: {error}") from None
 
     rate = encoding.Fraction(fps).limit_denominator(1001)
     height, width = picture(urls[0]).shape[:2]
-    about = media.Probe(
+    about = decoding.Probe(
         media="video", codec="sequence", pix_fmt="rgb24", bit_depth=8, width=width, height=height,
         coded_size=(width, height), rotation=0, time_base=1 / rate, num_frames=len(urls), fps=rate,
     )  # fmt: skip
@@ -155,13 +155,13 @@ def restore_video(
     else:
         ending, copied, left = how.endings[0], 0, 0
         if source.path is not None:
-            ending, copied, left = sandbox.call(container.choose_ending, source.path, how.endings)
+            ending, copied, left = sandbox.call(muxing.choose_ending, source.path, how.endings)
         joined = os.path.join(folder, f"joined.{ending}")
         start = source.about.start_pts * source.about.time_base
         video = video_format(how, source.about, size)
         facts |= {"output": f"{target.result}.{ending}", "streams_copied": copied, "streams_left": left}
         with restorer.timed("write"):
-            for _ in sandbox.stream(container.join, source.path, segments.local(), video, start, joined):
+            for _ in sandbox.stream(muxing.join, source.path, segments.local(), video, start, joined):
                 pass
             storage.put_file(joined, facts["output"])
     segments.remove()
@@ -218,7 +218,7 @@ def restore_pictures(
     progress.report(stream.frames_out, at_end=True)
 
 
-def video_format(how: Encoding, about: media.Probe, size: tuple[int, int]) -> encoding.VideoFormat:
+def video_format(how: Encoding, about: decoding.Probe, size: tuple[int, int]) -> encoding.VideoFormat:
     """Of the restored video: as `how` says, with the rate, time base and colours of the source."""
     assert how.codec != "png"
     colours = encoding.Colours.of(about)
@@ -228,7 +228,7 @@ def video_format(how: Encoding, about: media.Probe, size: tuple[int, int]) -> en
 
 
 def open_writer(
-    how: Encoding, path: str, result: str, number: int, about: media.Probe, size: tuple[int, int]
+    how: Encoding, path: str, result: str, number: int, about: decoding.Probe, size: tuple[int, int]
 ) -> "encoding.VideoWriter | PictureWriter":
     """A segment's writer; `number` is its first frame's."""
     if how.codec == "png":
@@ -272,7 +272,7 @@ class Preview:
             return
         eight = frame if frame.dtype == np.uint8 else (frame >> 8).astype(np.uint8)
         sink = io.BytesIO()
-        Image.fromarray(display.shrink(eight, _PREVIEW_SIDE_PX)).save(sink, format="JPEG", quality=92)
+        Image.fromarray(colour.shrink(eight, _PREVIEW_SIDE_PX)).save(sink, format="JPEG", quality=92)
         storage.write_bytes(f"{self._url}_{which}.jpg", sink.getvalue())
 
 
@@ -280,7 +280,7 @@ def restore_image(
     restorer: Restorer, path: str, size: tuple[int, int], target: Target, sandbox: Sandbox
 ) -> dict[str, Any]:
     """Restore a still picture; its transparency is enlarged beside it, a grey one stays grey."""
-    picture, alpha, grey = sandbox.call(media.load_image_parts, path)
+    picture, alpha, grey = sandbox.call(decoding.load_image_parts, path)
     (batch,) = restorer.restore([picture], size)
     restored = batch[0]
     preview = Preview(target.preview, 0)

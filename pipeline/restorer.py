@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from model import flow, preprocess
 from model.vae.autoencoder import CausalVideoAutoencoder
 from model.vae.causal_conv import StreamMemory, channels_last
-from pipeline import levels, memory_plan, weights
+from pipeline import memory_plan, weights
 from pipeline.backbones import Backbone, ModelConfig, Prompt, Schedule, load_backbone
 from pipeline.latent_stream import Chunk, ChunkBlender, ChunkCutter, ChunkPlan, frame_noise
 from pipeline.memory_plan import MemoryPlan, Models
 from pipeline.store.schema import TEMPORAL_FACTOR
+from pipeline.video import pixel_range
 
 STEPS_OF_WORK = ("read", "encode", "transformer", "decode", "pixels", "write")
 """pixels: sizes and colours; read and write: of files, where there are some."""
@@ -431,13 +432,13 @@ def reconstruct(
 
     @torch.inference_mode()
     def through() -> np.ndarray:
-        pixels = levels.to_network(np.stack(waiting), parameter.device).to(parameter.dtype)
+        pixels = pixel_range.to_network(np.stack(waiting), parameter.device).to(parameter.dtype)
         height, width = waiting[0].shape[:2]
         ((mean, log_variance),) = list(vae.encode_stream([pixels], slice_frames, encoding))
         latent = vae.to_latent(mean, log_variance, None)
         stream = vae.decode_stream([latent], _UNKNOWN_LENGTH, height, width, slice_frames, decoding)
         (decoded,) = list(stream)
-        return levels.to_pixels(decoded[:, :, : len(waiting)])
+        return pixel_range.to_pixels(decoded[:, :, : len(waiting)])
 
     for frame in frames:
         waiting.append(frame)

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.container import Segment
 from pipeline.store import storage
+from pipeline.video.muxing import Segment
 
 _STATE = "state.safetensors"
 _SHARE_OF_TIME = 0.02

@@ -20,7 +20,7 @@ import numpy as np
 from scenedetect import FrameTimecode
 from scenedetect.detectors import AdaptiveDetector, ContentDetector, ThresholdDetector
 
-from pipeline import display, media
+from pipeline.video import colour, decoding
 
 SCAN_SIDE_PX = 256
 """The longer side of the frames on which cuts are sought."""
@@ -104,12 +104,12 @@ def scan(
     start_pts, end_pts: the span to look at, all of it if None. Frames that the decoder marks as damaged, or
     whose size differs from the source's, are flagged and belong to no clip.
     """
-    convert, detector = display.RgbConverter(SCAN_SIDE_PX), _FrameScore()
+    convert, detector = colour.RgbConverter(SCAN_SIDE_PX), _FrameScore()
     found: list[tuple[Any, ...]] = []
     seen, stopped = False, ""
     try:
-        for stamp, frame, stream in media.decode_video(path, start_pts, end_pts, max_pixels=max_pixels):
-            end = stamp + (frame.duration or media.frame_step(stream))
+        for stamp, frame, stream in decoding.decode_video(path, start_pts, end_pts, max_pixels=max_pixels):
+            end = stamp + (frame.duration or decoding.frame_step(stream))
             flags = _INTERLACED * frame.interlaced_frame
             if frame.is_corrupt or (frame.width, frame.height) != source.size:
                 found.append((stamp, end, 0.0, 0.0, 0, flags | _DAMAGED))
@@ -223,5 +223,5 @@ def _clip(frames: np.ndarray, first: int, last: int, interlaced: bool, source: S
 
 def scan_image(path: str, max_pixels: int) -> str:
     """The perceptual hash of a still picture, 16 hex digits."""
-    picture = display.shrink(media.load_image(path, max_pixels), SCAN_SIDE_PX)
+    picture = colour.shrink(decoding.load_image(path, max_pixels), SCAN_SIDE_PX)
     return f"{_hash_bits(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)):016x}"

@@ -21,8 +21,6 @@ from model.discriminator import VideoDiscriminator
 from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
 from model.vae.wavelet_start import check_wavelet_start, start_as_wavelets
 from pipeline import (
-    levels,
-    media,
     sampling,
     train_log,
     training,
@@ -32,11 +30,12 @@ from pipeline import (
 from pipeline.checkpoint import Checkpoints
 from pipeline.faults import Orders, StoppedError, outcome
 from pipeline.runtime import stage
-from pipeline.sandbox import MediaError, Sandbox
 from pipeline.scores.full_reference import psnr
 from pipeline.store import schema, source_cache, storage
 from pipeline.train_state import MovingAverage
 from pipeline.vae_objective import AdversarialConfig, Group, Objective
+from pipeline.video import decoding, pixel_range
+from pipeline.video.sandbox import MediaError, Sandbox
 
 NAME, DISCRIMINATOR = "vae", "discriminator"
 EQUAL_PSNR_DB = 100.0
@@ -180,7 +179,7 @@ class CropReader:
 
     def _read(self, clip: dict[str, Any], first: int, frames: int) -> np.ndarray:
         with source_cache.local_file(clip["uri"], clip.get("source_etag")) as path:
-            return self.sandbox.call(media.read_frames, clip, path, first, frames)
+            return self.sandbox.call(decoding.read_frames, clip, path, first, frames)
 
     def _cut(self, pixels: np.ndarray, clip: dict[str, Any], generator: np.random.Generator) -> np.ndarray:
         top = generator.integers(pixels.shape[1] - self.crop.height + 1)
@@ -212,7 +211,7 @@ def by_length(crops: list[np.ndarray], device: torch.device) -> list[Tensor]:
     """Crops of equal length as one tensor each, (B, 3, T, H, W) in [-1, 1]."""
     lengths = sorted({len(crop) for crop in crops})
     groups = [[crop for crop in crops if len(crop) == length] for length in lengths]
-    return [torch.cat([levels.to_network(crop, device) for crop in group]) for group in groups]
+    return [torch.cat([pixel_range.to_network(crop, device) for crop in group]) for group in groups]
 
 
 def initial_autoencoder(config: TrainVaeConfig) -> CausalVideoAutoencoder:
@@ -370,11 +369,11 @@ class Run:
         average = self.average.gathered(self.dtype)
         total = torch.zeros(2, device=self.device)
         for crop in crops[training.rank() :: training.world_size()]:
-            video = levels.to_network(crop, self.device)
+            video = pixel_range.to_network(crop, self.device)
             noise = torch.zeros_like(vae_objective.latent_noise(self.config.model, video, torch.Generator()))
             inputs = video.to(self.dtype), noise.to(self.dtype)
             found = functional_call(self.engine.module, average, inputs)["video"].float()
-            decibels = min(psnr(levels.to_pixels(found), crop), EQUAL_PSNR_DB)
+            decibels = min(psnr(pixel_range.to_pixels(found), crop), EQUAL_PSNR_DB)
             total += torch.tensor([(found - video).abs().mean(), decibels], device=self.device)
         l1, decibels = (training.all_reduced(total) / len(crops)).tolist()
         if training.rank() == 0:

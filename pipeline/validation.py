@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model import flow
-from pipeline import encoding, levels, training, weights
+from pipeline import training, weights
 from pipeline.batches import Batch, Reader
 from pipeline.latent_stream import frame_noise
 from pipeline.scores.full_reference import full_reference_scores
 from pipeline.scores.niqe import niqe
 from pipeline.store import schema, storage
+from pipeline.video import encoding, pixel_range
 
 FOLDER = "validation"
 _SLICE_FRAMES = 8
@@ -131,7 +132,7 @@ class Validation:
         height, width = (side * schema.SPATIAL_FACTOR for side in latent.shape[1:3])
         whole = latent.permute(3, 0, 1, 2)[None].to(self.device, next(self.vae.parameters()).dtype)
         slices = self.vae.decode_stream([whole], frames, height, width, _SLICE_FRAMES)
-        return np.concatenate([levels.to_pixels(piece) for piece in slices])
+        return np.concatenate([pixel_range.to_pixels(piece) for piece in slices])
 
 
 def scores(low: np.ndarray, restored: np.ndarray, truth: np.ndarray) -> dict[str, float]:

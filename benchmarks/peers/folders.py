@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import encoding, media
+from pipeline.video import decoding, encoding
 
 ENDINGS = frozenset({".mkv", ".mp4", ".mov", ".avi", ".webm", ".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 
@@ -35,11 +35,11 @@ def upscale_folder(
     for file in sorted(source.rglob("*")):
         if file.suffix.lower() not in ENDINGS:
             continue
-        about = media.probe(str(file))
+        about = decoding.probe(str(file))
         width, height = round(about.width * scale), round(about.height * scale)
         path = target / file.relative_to(source)
         path.parent.mkdir(parents=True, exist_ok=True)
-        frames = (sized(frame, width, height) for frame in network(media.decode_frames(str(file))))
+        frames = (sized(frame, width, height) for frame in network(decoding.decode_frames(str(file))))
         if about.media == "image":
             cv2.imwrite(str(path.with_suffix(".png")), cv2.cvtColor(next(frames), cv2.COLOR_RGB2BGR))
             continue

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from model import checkpoints
 from model.quality import aesthetic, fast_vqa
-from pipeline import media
 from pipeline.runtime import work_plan
-from pipeline.sandbox import MediaError
-from pipeline.sandbox import shared as shared_sandbox
 from pipeline.scores.scorers import ScorersConfig, name_of
 from pipeline.store import schema, source_cache, storage
+from pipeline.video import decoding
+from pipeline.video.sandbox import MediaError
+from pipeline.video.sandbox import shared as shared_sandbox
 
 _FAST_VQA = {
     "FAST-VQA": fast_vqa.PUBLISHED,
@@ -143,7 +143,7 @@ def _frames(
     """The clip's frames of these numbers, one after the other, from the decoding child."""
     sandbox = shared_sandbox(decode_seconds)
     with source_cache.local_file(clip["uri"], clip.get("source_etag")) as path:
-        yield from sandbox.stream(media.numbered_frames, clip, path, numbers)
+        yield from sandbox.stream(decoding.numbered_frames, clip, path, numbers)
 
 
 class ScoreShard:

@@ -11,8 +11,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from pipeline import display, media
 from pipeline.scores import niqe
+from pipeline.video import colour, decoding
 
 VERSION = 2
 """Goes up when the same clip would get other scores."""
@@ -92,8 +92,8 @@ class _Converters:
     """One for each size, so that swscale keeps its tables."""
 
     def __init__(self) -> None:
-        self.rgb = display.RgbConverter()
-        self.luma, self.small = display.LumaConverter(), display.LumaConverter()
+        self.rgb = colour.RgbConverter()
+        self.luma, self.small = colour.LumaConverter(), colour.LumaConverter()
 
 
 class _Measured:
@@ -149,7 +149,7 @@ def measure_clips(
     niqe_frames: how many of those NIQE gets. ValueError, after the clips before it, if one does not decode.
     """
     if clips[0]["media"] == "image":
-        picture = media.load_image(path)
+        picture = decoding.load_image(path)
         value = niqe.niqe(picture) if niqe_frames else None
         yield of_picture(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)) | (
             {} if value is None else {"niqe": value}
@@ -158,7 +158,7 @@ def measure_clips(
     to = _Converters()
     waiting = iter(clips)
     clip, measured = next(waiting), _Measured(clips[0]["num_frames"], sampled_frames, niqe_frames)
-    for stamp, frame, stream in media.decode_video(path, clips[0]["start_pts"], clips[-1]["end_pts"]):
+    for stamp, frame, stream in decoding.decode_video(path, clips[0]["start_pts"], clips[-1]["end_pts"]):
         if stamp < (clip["start_pts"] or 0):
             continue
         if clip["end_pts"] is not None and stamp >= clip["end_pts"]:

@@ -6,7 +6,7 @@ import yaml
 
 from demo import held_out, table
 from demo.held_out import HELD_OUT, TRAINING, Shot
-from pipeline import encoding, media
+from pipeline.video import decoding, encoding
 from tests.pipeline.clips import MEDIA
 
 
@@ -71,7 +71,7 @@ def test_gains_are_paired_and_by_kind():
 
 def test_the_best_filter_is_the_one_nearest_to_the_truth(tmp_path):
     rng = np.random.default_rng(0)
-    truth = [frame[:64, :96] for frame in media.decode_frames(str(MEDIA / "city.mp4"), max_frames=3)]
+    truth = [frame[:64, :96] for frame in decoding.decode_frames(str(MEDIA / "city.mp4"), max_frames=3)]
     for folder, noise in (("hq", 0), ("lq", 12)):
         (tmp_path / folder).mkdir()
         with encoding.VideoWriter(str(tmp_path / folder / "a.mkv"), 25, 96, 64, codec="ffv1") as writer:

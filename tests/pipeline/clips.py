@@ -6,7 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from pipeline import encoding, media
+from pipeline.video import decoding, encoding
 
 MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
 
@@ -29,7 +29,8 @@ def cut_with_sound(path: Path, count: int = 9, tracks: int = 2) -> None:
     """The first frames of the bundled trailer, small, with its own sound, in so many tracks."""
     pictures = path.with_name("pictures.mp4")
     small = [
-        frame[:48:2, :64:2] for frame in media.decode_frames(str(MEDIA / "trailer_bbb.mp4"), max_frames=count)
+        frame[:48:2, :64:2]
+        for frame in decoding.decode_frames(str(MEDIA / "trailer_bbb.mp4"), max_frames=count)
     ]
     make_video(pictures, small)
     with (

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline import media
 from pipeline.filter import SELECTION_FILE
 from pipeline.store import schema, storage
+from pipeline.video import decoding
 
 MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
 
@@ -16,7 +16,7 @@ def make_data_root(root: Path, train: list[str], held_out: list[str], frames: in
     clips, selection = [], []
     for split, names in (("train", train), ("held_out", held_out)):
         for name in names:
-            probe = media.probe(str(MEDIA / name))
+            probe = decoding.probe(str(MEDIA / name))
             count = 1 if probe.media == "image" else min(frames, probe.num_frames or frames)
             clip_id = schema.stable_id(name)
             clips.append(

@@ -11,11 +11,12 @@ from PIL import Image
 
 from model.checkpoints import load_clip
 from model.quality.clip_iqa import ClipIQA
-from pipeline import encoding, evaluate, evaluate_tables, media
+from pipeline import evaluate, evaluate_tables
 from pipeline.evaluate import CEILING, METRICS, EvaluateConfig
 from pipeline.scores import full_reference
 from pipeline.scores.perceptual import LearnedMetrics
 from pipeline.store import storage
+from pipeline.video import decoding, encoding
 from tests.pipeline import tiny_models
 from tests.pipeline.test_learned_scores import RN, tiny_clip
 
@@ -33,7 +34,9 @@ def save(path: Path, frames: list[np.ndarray]) -> None:
 @pytest.fixture(scope="module")
 def truth() -> list[np.ndarray]:
     """5 real frames of 100x200: two blocks of NIQE's."""
-    return [frame[100:200, 100:300] for frame in media.decode_frames(str(MEDIA / "city.mp4"), max_frames=5)]
+    return [
+        frame[100:200, 100:300] for frame in decoding.decode_frames(str(MEDIA / "city.mp4"), max_frames=5)
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,12 @@ from jobs import evaluate as job
 from model.checkpoints import save_autoencoder
 from model.lpips import Lpips
 from model.vae import CausalVideoAutoencoder
-from pipeline import evaluate_vae, media
+from pipeline import evaluate_vae
 from pipeline.diffusers_vae import DiffusersAutoencoder
 from pipeline.evaluate_vae import EvaluateVaeConfig
 from pipeline.scores import frechet, full_reference
 from pipeline.store import storage
+from pipeline.video import decoding
 from tests.pipeline import tiny_models
 from tests.pipeline.test_evaluate import save
 
@@ -53,7 +54,7 @@ def clips() -> dict[str, list[np.ndarray]]:
     """Three pieces of 13 frames, 58x70: no side is a multiple of 8."""
     names = ("city.mp4", "cup.mp4", "box.mp4")
     return {
-        name: [frame[100:158, 100:170] for frame in media.decode_frames(str(MEDIA / name), max_frames=13)]
+        name: [frame[100:158, 100:170] for frame in decoding.decode_frames(str(MEDIA / name), max_frames=13)]
         for name in names
     }
 

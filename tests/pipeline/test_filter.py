@@ -7,11 +7,12 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pipeline import filter as filter_stage
-from pipeline import sandbox, score_page
+from pipeline import score_page
 from pipeline import selection as select
 from pipeline.filter import FilterConfig, Threshold
 from pipeline.scores import technical
 from pipeline.store import schema, storage
+from pipeline.video import sandbox
 from tests.pipeline.data_root import make_data_root
 
 LIMIT = 80.0
@@ -44,7 +45,7 @@ def test_scores_answer_to_what_they_are_named_after():
 
 
 def test_clips_of_a_source_that_share_a_decode_score_as_each_alone(tmp_path):
-    from tests.pipeline.test_media import encode, moving_picture
+    from tests.pipeline.video.test_decoding import encode, moving_picture
 
     path = encode(tmp_path / "film.mp4", "libx264", "yuv420p", {"g": "20"}, frames=moving_picture(70))
     common = {"uri": f"file://{path}", "media": "video", "time_base": "1/12800", "width": 256, "height": 144}

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline import encoding, ingest, media, shots
+from pipeline import ingest, shots
 from pipeline.ingest import IngestConfig
 from pipeline.store import schema, storage
-from tests.pipeline.test_media import encode, moving_picture
+from pipeline.video import decoding, encoding
+from tests.pipeline.video.test_decoding import encode, moving_picture
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,7 +88,7 @@ def test_every_odd_file_is_accounted_for_and_running_again_only_adds(local_ray, 
     for row in rows:
         if row["error"] is None:  # each clip can be read as its row says
             path = storage.path_of(row["uri"])
-            frames = media.read_frames(row, path, 0, row["num_frames"])
+            frames = decoding.read_frames(row, path, 0, row["num_frames"])
             assert frames.shape[1:3] == (row["height"], row["width"])
 
     again = ingest.run(config)
@@ -116,7 +117,7 @@ def test_clips_do_not_depend_on_where_the_input_lies(tmp_path):
 
 def scan(path: str, **changes) -> list[dict]:
     cutting = IngestConfig(input="/x", output="/y", **changes).cutting
-    probe = media.probe(path)
+    probe = decoding.probe(path)
     source = shots.Source(probe.coded_size, probe.fps, probe.time_base)
     frames = np.concatenate([part["frames"] for part in shots.scan(path, 2**26, source)])
     return shots.cut(frames, cutting, source)
@@ -150,7 +151,7 @@ def test_a_source_scanned_in_spans_gives_the_clips_of_one_pass(local_ray, tmp_pa
     for segment_s, rows in made.items():
         assert rows == made[300.0], f"{segment_s} s"
     # Spans are kept until the clips are written: after a kill they are not scanned again.
-    probe = media.probe(str(tmp_path / "in/film.mp4"))
+    probe = decoding.probe(str(tmp_path / "in/film.mp4"))
     about = shots.Source(probe.coded_size, probe.fps, probe.time_base)
     begins = shots.spans(probe.start_pts, probe.duration_s, 11.0, probe.time_base)
     config = IngestConfig(**settings, segment_s=11.0)
@@ -160,7 +161,7 @@ def test_a_source_scanned_in_spans_gives_the_clips_of_one_pass(local_ray, tmp_pa
 
 def test_spans_that_disagree_where_they_overlap_are_not_joined(tmp_path):
     path = encode(tmp_path / "a.mp4", "libx264", "yuv420p", {"g": "25"}, frames=moving_picture(150, 96, 128))
-    probe = media.probe(path)
+    probe = decoding.probe(path)
     about = shots.Source(probe.coded_size, probe.fps, probe.time_base)
     ticks = round(3 / probe.time_base)
 
@@ -223,8 +224,8 @@ def test_what_a_manifest_names_wrongly_is_an_error_row(tmp_path):
 
 def test_interlaced_and_squeezed_pictures_and_sound_alone_are_told(tmp_path):
     def squeeze(stream) -> None:
-        stream.sample_aspect_ratio = media.Fraction(4, 3)
-        stream.codec_context.sample_aspect_ratio = media.Fraction(4, 3)
+        stream.sample_aspect_ratio = decoding.Fraction(4, 3)
+        stream.codec_context.sample_aspect_ratio = decoding.Fraction(4, 3)
 
     encode(tmp_path / "squeezed.mkv", "libx264", "yuv420p", {}, prepare=squeeze)
     encode(tmp_path / "fields.ts", "mpeg2video", "yuv420p", {"flags": "+ildct+ilme", "top": "1"})
@@ -248,7 +249,7 @@ def test_interlaced_and_squeezed_pictures_and_sound_alone_are_told(tmp_path):
 
 def test_uneven_frame_times_are_noticed(tmp_path):
     path = str(tmp_path / "uneven.mkv")
-    with encoding.VideoWriter(path, 25, 256, 144, time_base=media.Fraction(1, 1000)) as writer:
+    with encoding.VideoWriter(path, 25, 256, 144, time_base=decoding.Fraction(1, 1000)) as writer:
         for index, frame in enumerate(moving_picture(20)):
             writer.write(frame, pts=index * 40 + (60 if index >= 10 else 0))
     (clip,) = scan(path)
@@ -256,7 +257,7 @@ def test_uneven_frame_times_are_noticed(tmp_path):
 
 
 def test_hashes_stay_when_a_picture_is_scaled_and_compressed(tmp_path):
-    picture = media.load_image(str(ROOT / "demo/media/coffee.jpg"))
+    picture = decoding.load_image(str(ROOT / "demo/media/coffee.jpg"))
     Image.fromarray(picture).resize((300, 200)).save(tmp_path / "small.jpg", quality=40)
     one, small, other = (
         int(shots.scan_image(str(path), 2**26), 16)

@@ -188,8 +188,8 @@ def test_fingerprints_follow_weights_and_sampling_but_no_threshold(tmp_path):
 def test_every_scorer_scores_a_real_clip_and_an_image(tmp_path, clips):
     """The published shapes with random weights, from files in the published forms."""
     from model.quality import dover, fast_vqa
-    from pipeline import media
     from pipeline.scores import learned
+    from pipeline.video import decoding
     from tests.model.quality.test_musiq import as_google, seeded
     from tests.model.quality.test_quality_models import random_state
 
@@ -207,7 +207,7 @@ def test_every_scorer_scores_a_real_clip_and_an_image(tmp_path, clips):
     )
     assert len(scorers.fingerprints(config)) == 5
     loaded = {name: learned.load_scorer(name, config, torch.device("cpu")) for name in config.names}
-    probe = media.probe(str(MEDIA / "cup.mp4"))
+    probe = decoding.probe(str(MEDIA / "cup.mp4"))
     clip = {"uri": f"file://{MEDIA}/cup.mp4", "media": "video", "num_frames": 40, "end_pts": None}
     scores, error = learned.score_clip({**clip, "start_pts": probe.start_pts}, loaded, 120.0)
     assert error is None and list(scores) == config.columns

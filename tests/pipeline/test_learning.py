@@ -11,7 +11,7 @@ from torch import Tensor
 from model import flow, text
 from model.swin_mmdit import TINY, SwinMMDiT
 from model.vae.autoencoder import CausalVideoAutoencoder
-from pipeline import media
+from pipeline.video import decoding
 from tests.model.test_vae_wavelet_start import NARROW, started
 from tests.pipeline.data_root import MEDIA
 
@@ -26,7 +26,7 @@ def clips_of(names: tuple[str, ...], frames: int) -> Tensor:
     """(clips, 3, frames, SIDE, SIDE) in [-1, 1]: the middle square of each clip's first frames, shrunk."""
     clips = []
     for name in names:
-        decoded = list(media.decode_frames(str(MEDIA / name), max_frames=frames))
+        decoded = list(decoding.decode_frames(str(MEDIA / name), max_frames=frames))
         pictures = torch.stack([torch.from_numpy(frame.copy()) for frame in decoded]).permute(3, 0, 1, 2)
         height, width = pictures.shape[2:]
         side = min(height, width)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from degradations.recipe import LIGHT, apply, from_json
-from pipeline import media
 from pipeline.pairs import PairsConfig, clip_rows, make_pair, read_middle, run
+from pipeline.video import decoding
 
 MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
 
@@ -34,7 +34,7 @@ def config_of(folder: Path, output: Path, **changes) -> PairsConfig:
 
 
 def frames_of(path: Path) -> np.ndarray:
-    return np.stack(list(media.decode_frames(str(path))))
+    return np.stack(list(decoding.decode_frames(str(path))))
 
 
 @pytest.fixture(scope="module")

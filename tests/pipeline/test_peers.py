@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.peers import folders
-from pipeline import encoding, evaluate_tables, media, peers
+from pipeline import evaluate_tables, peers
 from pipeline.peers import PeerConfig
 from pipeline.store import storage
+from pipeline.video import decoding, encoding
 from tests.pipeline.clips import MEDIA
 
 
@@ -16,14 +17,14 @@ def folder(tmp_path: Path) -> Path:
     """One clip of 4 frames, 32x48, in a subfolder."""
     (tmp_path / "lq" / "sub").mkdir(parents=True)
     with encoding.VideoWriter(str(tmp_path / "lq" / "sub" / "a.mkv"), 25, 48, 32, codec="ffv1") as writer:
-        for frame in media.decode_frames(str(MEDIA / "city.mp4"), max_frames=4):
+        for frame in decoding.decode_frames(str(MEDIA / "city.mp4"), max_frames=4):
             writer.write(frame[:32, :48])
     return tmp_path
 
 
 def test_a_baseline_is_run_and_measured(folder):
     cost = peers.run(PeerConfig(str(folder / "lq"), str(folder / "out"), method="bicubic", scale=2))
-    frames = list(media.decode_frames(str(folder / "out" / "sub" / "a.mkv")))
+    frames = list(decoding.decode_frames(str(folder / "out" / "sub" / "a.mkv")))
     assert len(frames) == cost["frames"] == 4 and frames[0].shape == (64, 96, 3)
     assert cost["seconds_per_frame"] > 0 and cost["peak_memory_gib"] > 0.01 and cost["parameters_m"] == 0
     assert storage.read_json(f"file://{folder}/out/_peer.json") == cost
@@ -40,8 +41,8 @@ def test_another_networks_results_have_the_size_that_was_asked_for(folder, scale
             yield frame.repeat(4, axis=0).repeat(4, axis=1)
 
     folders.upscale_folder(folder / "lq", folder / "out", scale, four_times)
-    made = list(media.decode_frames(str(folder / "out" / "sub" / "a.mkv")))
-    given = list(media.decode_frames(str(folder / "lq" / "sub" / "a.mkv")))
+    made = list(decoding.decode_frames(str(folder / "out" / "sub" / "a.mkv")))
+    given = list(decoding.decode_frames(str(folder / "lq" / "sub" / "a.mkv")))
     assert len(made) == 4 and made[0].shape == (32 * scale, 48 * scale, 3)
     assert all((one[::scale, ::scale] == other).all() for one, other in zip(made, given, strict=True))
 

@@ -22,8 +22,6 @@ from pipeline import (
     backbones,
     batches,
     convert,
-    encoding,
-    media,
     precompute,
     restore,
     text_stage,
@@ -37,6 +35,7 @@ from pipeline.restore import RestoreConfig, Restorer, Sampling
 from pipeline.runtime.job_config import parse
 from pipeline.sampling import Bucket
 from pipeline.store import schema, storage
+from pipeline.video import decoding, encoding
 from tests.pipeline import released_models
 from tests.pipeline.data_root import make_data_root
 
@@ -57,7 +56,7 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelC
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a clip, a clip of odd size, a video of one frame, and two images."""
     folder = tmp_path_factory.mktemp("in")
-    frames = [f[40:104, 60:156] for f in media.decode_frames(str(MEDIA / "city.mp4"), max_frames=6)]
+    frames = [f[40:104, 60:156] for f in decoding.decode_frames(str(MEDIA / "city.mp4"), max_frames=6)]
     odd = [f[:37, :53] for f in frames]
     (folder / "sub").mkdir()
     for name, clip in (("clip.mp4", frames), ("odd.mp4", odd[:3]), ("sub/one.mp4", frames[:1])):
@@ -83,9 +82,9 @@ def check_written(output: Path) -> None:
     for name, (count, size) in EXPECTED.items():
         path = output / name
         if name.endswith(".png"):
-            frames = [media.load_image(str(path))]
+            frames = [decoding.load_image(str(path))]
         else:
-            frames = list(media.decode_frames(str(path)))
+            frames = list(decoding.decode_frames(str(path)))
         assert len(frames) == count and frames[0].shape == (*size, 3), name
         assert frames[0].std() > 1, f"{name} is empty"
 

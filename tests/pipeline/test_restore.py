@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import media, restore, weights
+from pipeline import restore, weights
 from pipeline.backbones import OWN, Backbone, ModelConfig, Prompt
-from pipeline.container import stamped_frames
 from pipeline.restore import RestoreConfig, Restorer, Sampling
 from pipeline.store import storage
+from pipeline.video import decoding
+from pipeline.video.muxing import stamped_frames
 from tests.pipeline import tiny_models
 from tests.pipeline.clips import MEDIA, cut_with_sound, make_video, packets
 
@@ -35,7 +36,9 @@ def restorer(models: ModelConfig) -> Restorer:
 @pytest.fixture(scope="module")
 def frames() -> list[np.ndarray]:
     """40 real frames with motion, 37x53."""
-    return [frame[100:137, 200:253] for frame in media.decode_frames(str(MEDIA / "city.mp4"), max_frames=40)]
+    return [
+        frame[100:137, 200:253] for frame in decoding.decode_frames(str(MEDIA / "city.mp4"), max_frames=40)
+    ]
 
 
 def restored(restorer: Restorer, frames: list[np.ndarray], size: tuple[int, int] | None = None) -> np.ndarray:
@@ -117,7 +120,7 @@ def test_chunks_that_agree_leave_no_trace(models, frames):
 def test_no_jump_where_chunks_meet(models, moving):
     """Energy of frame differences at chunk borders <= 1.1 times that elsewhere, plus half a grey level."""
     sampling = Sampling(steps=2, chunk_frames=21, overlap_frames=4)
-    clip = [f[100:132, 200:232] for f in media.decode_frames(str(MEDIA / "city.mp4"), max_frames=101)]
+    clip = [f[100:132, 200:232] for f in decoding.decode_frames(str(MEDIA / "city.mp4"), max_frames=101)]
     clip = clip if moving else clip[:1] * 101
     out = restored(Restorer.from_weights(models, sampling, device="cpu"), clip).astype(np.float64) / 255
     per_frame = ((out[1:] - out[:-1]) ** 2).mean(axis=(1, 2, 3))
@@ -215,18 +218,18 @@ def test_frames_sizes_and_time_stamps_are_kept(job):
         after = list(stamped_frames(str(target / f"{name}.mp4")))
         assert len(after) == len(before) == count
         assert after[0][1].shape[:2] == size
-        bases = [media.probe(str(folder / f"{name}.mp4")) for folder in (source, target)]
+        bases = [decoding.probe(str(folder / f"{name}.mp4")) for folder in (source, target)]
         seconds = [
             [float((stamp - clip[0][0]) * about.time_base) for stamp, _ in clip]
             for clip, about in zip((before, after), bases, strict=True)
         ]
         assert seconds[1] == pytest.approx(seconds[0], abs=1e-4)
-    assert media.probe(str(target / "odd.mp4")).fps == Fraction(24000, 1001)
+    assert decoding.probe(str(target / "odd.mp4")).fps == Fraction(24000, 1001)
 
 
 def test_images_come_out_as_images(job):
     _, _, target = job
-    assert media.load_image(str(target / "picture.png")).shape == (74, 106, 3)
+    assert decoding.load_image(str(target / "picture.png")).shape == (74, 106, 3)
 
 
 def test_sound_is_copied_bit_by_bit(job):

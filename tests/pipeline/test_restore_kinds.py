@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import container, media, restore
+from pipeline import restore
 from pipeline.backbones import ModelConfig
 from pipeline.restore import Encoding, RestoreActor, RestoreConfig, Sampling
+from pipeline.video import decoding, muxing
 from tests.pipeline import tiny_models
 from tests.pipeline.clips import MEDIA, cut_with_sound, packets
 
@@ -57,7 +58,7 @@ def restored(actor: RestoreActor, source: Path, **changes) -> tuple[dict, str]:
 
 @pytest.fixture(scope="module")
 def real() -> list[np.ndarray]:
-    return list(media.decode_frames(str(MEDIA / "city.mp4"), max_frames=40))
+    return list(decoding.decode_frames(str(MEDIA / "city.mp4"), max_frames=40))
 
 
 def write(
@@ -86,8 +87,8 @@ def write(
 
 
 def seconds(path: Path | str) -> list[float]:
-    about = media.probe(str(path))
-    stamps = [stamp for stamp, _ in container.stamped_frames(str(path))]
+    about = decoding.probe(str(path))
+    stamps = [stamp for stamp, _ in muxing.stamped_frames(str(path))]
     return [float((stamp - stamps[0]) * about.time_base) for stamp in stamps]
 
 
@@ -103,7 +104,7 @@ def test_lengths_and_small_sizes(actor, real, tmp_path, size, count):
     frames = [resized(frame, *size) for frame in real[:count]]
     source = write(tmp_path / "a.mp4", frames, pix_fmt="yuv444p" if odd else "yuv420p")
     row, path = restored(actor, source)
-    about = media.probe(path)
+    about = decoding.probe(path)
     assert (about.height, about.width, row["frames"]) == (height, width, count)
     assert seconds(path) == pytest.approx(seconds(source), abs=1e-6)
 
@@ -112,14 +113,14 @@ def test_lengths_and_small_sizes(actor, real, tmp_path, size, count):
 def test_full_high_definition(actor, real, tmp_path):
     source = write(tmp_path / "a.mp4", [resized(real[0], 1080, 1920)] * 2)
     row, path = restored(actor, source)
-    assert row["output_size"] == [1080, 1920] and len(list(media.decode_frames(path))) == 2
+    assert row["output_size"] == [1080, 1920] and len(list(decoding.decode_frames(path))) == 2
 
 
 def test_rotated_video_comes_out_as_it_is_shown(actor, real, tmp_path):
     frames = [resized(frame, 36, 64) for frame in real[:3]]
     source = write(tmp_path / "a.mp4", frames, prepare=lambda stream: stream.set_display_rotation(-90))
     _, path = restored(actor, source)
-    about = media.probe(path)
+    about = decoding.probe(path)
     assert (about.height, about.width, about.rotation) == (64, 36, 0)
 
 
@@ -178,12 +179,12 @@ def test_colours_are_tagged_and_coded_as_in_the_source(actor, real, tmp_path):
 
     source = write(tmp_path / "a.mp4", [resized(frame, 36, 64) for frame in real[:3]], prepare=old_television)
     _, path = restored(actor, source, sampling=dataclasses.replace(SAMPLING, color_fix="wavelet"))
-    before, after = media.probe(str(source)), media.probe(path)
+    before, after = decoding.probe(str(source)), decoding.probe(path)
     assert before.color_primaries == "smpte170m" and before.full_range
     for key in ("color_primaries", "color_transfer", "color_matrix", "full_range"):
         assert getattr(after, key) == getattr(before, key), key
     means = [
-        np.mean([frame for frame in media.decode_frames(str(name))], axis=(0, 1, 2))
+        np.mean([frame for frame in decoding.decode_frames(str(name))], axis=(0, 1, 2))
         for name in (source, path)
     ]
     assert np.abs(means[0] - means[1]).max() < 6  # the colour fix holds the mean, if coding does
@@ -198,7 +199,7 @@ def test_ten_bits_and_codecs(actor, real, tmp_path, codec, ending, pix_fmt):
     source = write(tmp_path / "a.mp4", [resized(frame, 36, 64) for frame in real[:10]], pix_fmt="yuv420p10le")
     how = Encoding(codec, bits=10, container="mkv" if ending == "mkv" else "mp4")
     _, path = restored(actor, source, encoding=how)
-    about = media.probe(path)
+    about = decoding.probe(path)
     assert path.endswith(ending) and (about.pix_fmt, about.bit_depth, about.fps) == (pix_fmt, 10, 25)
     assert seconds(path) == pytest.approx(seconds(source), abs=6e-4 if ending == "mkv" else 1e-6)
 
@@ -210,14 +211,14 @@ def test_a_sequence_of_images_is_a_video_and_can_come_out_as_one(actor, real, tm
         Image.fromarray(resized(frame, 36, 64)).save(folder / f"frame_{index}.png")  # 10 after 9, not after 1
     lossless = Encoding("ffv1")
     row, path = restored(actor, tmp_path / "in", sequence_fps=12.5, encoding=lossless)
-    about = media.probe(path)
+    about = decoding.probe(path)
     assert row["name"] == "shot" and row["frames"] == 11 and about.fps == Fraction(25, 2)
-    video = list(media.decode_frames(path))
+    video = list(decoding.decode_frames(path))
     _, pictures = restored(actor, tmp_path / "in", sequence_fps=12.5, encoding=Encoding("png"))
     files = sorted(Path(pictures).glob("*.png"))
     assert [file.name for file in files] == [f"{index:08d}.png" for index in range(1, 12)]
     for index, file in enumerate(files):
-        assert np.array_equal(media.load_image(str(file)), video[index]), f"frame {index}"
+        assert np.array_equal(decoding.load_image(str(file)), video[index]), f"frame {index}"
 
 
 def test_images_keep_their_kind(actor, real, tmp_path):

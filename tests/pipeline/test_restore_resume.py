@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from benchmarks import restore as benchmark
-from pipeline import container, media, restore
+from pipeline import restore
 from pipeline.backbones import ModelConfig
 from pipeline.restore import Encoding, RestoreActor, RestoreConfig, Sampling
 from pipeline.store import storage
+from pipeline.video import decoding, muxing
 from tests.pipeline import tiny_models
 from tests.pipeline.clips import cut_with_sound, packets
 from tests.pipeline.processes import kill_tree
@@ -149,8 +150,8 @@ def test_killed_at_three_moments_the_result_is_the_same_bit_for_bit(models, sour
 
 def stamps(path: Path) -> list[float]:
     """Seconds of every frame since the first."""
-    about = media.probe(str(path))
-    found = [stamp for stamp, _ in container.stamped_frames(str(path))]
+    about = decoding.probe(str(path))
+    found = [stamp for stamp, _ in muxing.stamped_frames(str(path))]
     return [float((stamp - found[0]) * about.time_base) for stamp in found]
 
 
@@ -170,7 +171,7 @@ def test_out_of_memory_is_one_step_down_and_not_the_end(models, source, tmp_path
     assert row["error"] is None and row["frames"] == FRAMES and row["plan"]["chunk_frames"] == 5
     said = capsys.readouterr().out
     assert "out of memory; trying again with less" in said and "expected peak" in said
-    frames = list(media.decode_frames(str(tmp_path / "small" / "clip.mp4")))
+    frames = list(decoding.decode_frames(str(tmp_path / "small" / "clip.mp4")))
     assert len(frames) == FRAMES and frames[0].shape == (48, 64, 3)
 
 

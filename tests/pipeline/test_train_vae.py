@@ -18,17 +18,12 @@ from torch import Tensor
 from model.discriminator import DiscriminatorConfig, VideoDiscriminator
 from model.lpips import Lpips
 from model.vae.autoencoder import CausalVideoAutoencoder
-from pipeline import (
-    levels,
-    train_vae,
-    training,
-    vae_objective,
-    weights,
-)
+from pipeline import train_vae, training, vae_objective, weights
 from pipeline.runtime.job_config import parse
 from pipeline.sampling import Bucket
 from pipeline.store import schema, storage
 from pipeline.vae_objective import AdversarialConfig
+from pipeline.video import pixel_range
 from tests.pipeline.data_root import make_data_root
 from tests.pipeline.processes import kill_tree
 from tests.pipeline.tiny_models import VAE, save_vae
@@ -155,7 +150,7 @@ def plain_reconstructions(
     generator = torch.Generator().manual_seed(seed)
     results = []
     for crop in sorted(crops, key=len):  # noise is drawn for the shortest first
-        video = levels.to_network(crop, torch.device("cpu"))
+        video = pixel_range.to_network(crop, torch.device("cpu"))
         mean, log_variance = vae.encode(video)
         noise = torch.randn(mean.shape, generator=generator)
         results.append(

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from pipeline import media
 from pipeline.scores.niqe import niqe
+from pipeline.video import decoding
 
 ROOT = Path(__file__).parents[3]
 RECORDED = ROOT / "tests/data/scores/niqe.json"
@@ -21,7 +21,7 @@ def frames() -> dict[str, np.ndarray]:
     made: dict[str, np.ndarray] = {}
     rng = np.random.default_rng(0)
     for name in IMAGES:
-        picture = media.load_image(str(ROOT / "demo/media" / name))[:480, :640]
+        picture = decoding.load_image(str(ROOT / "demo/media" / name))[:480, :640]
         noisy = np.clip(picture + rng.normal(0, 12, picture.shape), 0, 255).astype(np.uint8)
         for variant in (picture, cv2.GaussianBlur(picture, (0, 0), 2.0), noisy, picture[3:300, 5:416]):
             made[f"frame_{len(made):02d}"] = np.ascontiguousarray(variant)

@@ -6,15 +6,15 @@ import cv2
 import numpy as np
 import pytest
 
-from pipeline import media
 from pipeline.scores.warping import moved, warping_error
+from pipeline.video import decoding
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
 def picture() -> np.ndarray:
-    photo = media.load_image(str(ROOT / "demo/media/coffee.jpg"))
+    photo = decoding.load_image(str(ROOT / "demo/media/coffee.jpg"))
     return cv2.GaussianBlur(cv2.resize(photo, (260, 200), interpolation=cv2.INTER_AREA), (0, 0), 1.5)
 
 

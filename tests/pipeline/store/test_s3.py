@@ -18,17 +18,12 @@ from s3fs import S3FileSystem
 
 from model.text import TINY_ENCODERS
 from pipeline import filter as filter_stage
-from pipeline import (
-    ingest,
-    media,
-    precompute,
-    sampling,
-    shots,
-)
+from pipeline import ingest, precompute, sampling, shots
 from pipeline.filter import FilterConfig, Threshold
 from pipeline.runtime import work_plan
 from pipeline.sampling import Bucket
 from pipeline.store import schema, source_cache, storage
+from pipeline.video import decoding
 from tests.pipeline import object_store
 from tests.pipeline.object_store import BUCKET, FaultyProxy
 from tests.pipeline.tiny_models import save_vae
@@ -154,7 +149,7 @@ def test_a_node_fetches_a_source_once_for_all_its_clips_and_spans(proxy, store, 
     (source,) = (one for one in ingest.list_sources(config) if one["path"] == "cup.mp4")
     with source_cache.local_file(source["uri"], source["etag"], last_use=True) as path:
         clips = ingest.ingest_source(source, config, ingest._sandbox(config))
-        probe = media.probe(path)
+        probe = decoding.probe(path)
         about = shots.Source(probe.coded_size, probe.fps, probe.time_base)
         for begin, end in itertools.pairwise((probe.start_pts, *(clip["end_pts"] for clip in clips[:3]))):
             assert ingest.scan_span(source, about, begin, end, config) is not None

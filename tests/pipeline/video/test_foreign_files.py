@@ -12,11 +12,11 @@ from PIL import Image
 
 from pipeline import ingest, shots
 from pipeline.ingest import IngestConfig
-from pipeline.sandbox import Sandbox
 from pipeline.store import schema
+from pipeline.video.sandbox import Sandbox
 from tests.pipeline import bad_decoders
 from tests.pipeline.test_ingest import odd_files
-from tests.pipeline.test_media import encode, moving_picture
+from tests.pipeline.video.test_decoding import encode, moving_picture
 
 MUTANTS = 300
 SEED = 6

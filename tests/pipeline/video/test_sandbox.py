@@ -9,10 +9,10 @@ import numpy as np
 import psutil
 import pytest
 
-from pipeline import media
-from pipeline.sandbox import MediaError, Sandbox
+from pipeline.video import decoding
+from pipeline.video.sandbox import MediaError, Sandbox
 
-TRAILER = str(Path(__file__).parents[2] / "demo/media/trailer_bbb.mp4")
+TRAILER = str(Path(__file__).parents[3] / "demo/media/trailer_bbb.mp4")
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +27,11 @@ def child_of(sandbox: Sandbox) -> int:
 
 
 def test_arrays_and_probes_come_back_whole(sandbox):
-    assert sandbox.call(media.probe, TRAILER) == media.probe(TRAILER)
+    assert sandbox.call(decoding.probe, TRAILER) == decoding.probe(TRAILER)
     row = {"media": "video", "start_pts": 122880, "end_pts": 245760}
-    frames = sandbox.call(media.read_frames, row, TRAILER, 3, 5)
-    assert np.array_equal(frames, media.read_frames(row, TRAILER, 3, 5))
-    streamed = list(sandbox.stream(media.decode_frames, TRAILER, max_frames=4, max_side=64))
+    frames = sandbox.call(decoding.read_frames, row, TRAILER, 3, 5)
+    assert np.array_equal(frames, decoding.read_frames(row, TRAILER, 3, 5))
+    streamed = list(sandbox.stream(decoding.decode_frames, TRAILER, max_frames=4, max_side=64))
     assert len(streamed) == 4 and streamed[0].shape == (36, 64, 3)
 
 
@@ -43,7 +43,7 @@ def test_arrays_and_probes_come_back_whole(sandbox):
         (signal.raise_signal, (signal.SIGKILL,), r"crashed \(SIGKILL\)"),
         (bytes, (10**11,), "memory limit of 3.0 GiB"),
         (os._exit, (3,), "ended with status 3"),
-        (media.probe, ("/nowhere.mp4",), "no such file"),
+        (decoding.probe, ("/nowhere.mp4",), "no such file"),
         (eval, ("__import__('collections').OrderedDict()",), "not allowed"),
     ],
 )
@@ -74,7 +74,7 @@ def test_credentials_stay_with_the_owner(sandbox, monkeypatch):
 
 
 def test_a_stream_may_be_left_early(sandbox):
-    stream = sandbox.stream(media.decode_frames, TRAILER, max_side=64)
+    stream = sandbox.stream(decoding.decode_frames, TRAILER, max_side=64)
     next(stream)
     stream.close()
     assert sandbox.call(len, "next") == 4

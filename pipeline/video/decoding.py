@@ -2,7 +2,7 @@
 
 Frames leave here as uint8 `(H, W, 3)` RGB as a player shows them: rotation applied, pixels square, colour
 matrix and range honoured, HDR mapped to standard range. Foreign files are hostile: stages call these
-functions through `pipeline.sandbox`, in a child process with limits. Every mistake of a file is a
+functions through `pipeline.video.sandbox`, in a child process with limits. Every mistake of a file is a
 ValueError that a person understands.
 """
 
@@ -24,7 +24,7 @@ from av.video.reformatter import (
 )
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipeline import display
+from pipeline.video import colour
 
 MAX_PIXELS = 8192 * 8192
 """Larger frames are refused before they are decoded: a forged header must not fill the memory."""
@@ -58,7 +58,7 @@ class Probe:
     interlaced: bool = False
     color_primaries: str = ""
     color_transfer: str = ""
-    color_matrix: int = display.UNSPECIFIED_COLORSPACE  # its number in files
+    color_matrix: int = colour.UNSPECIFIED_COLORSPACE  # its number in files
     full_range: bool = False
     hdr: bool = False
     bit_rate: int = 0  # bits per second of the video stream; 0 if unknown
@@ -286,7 +286,7 @@ def _enum_name(enum: Any, value: int) -> str:
 
 
 def _probe_stream(path: str, stamp: int, frame: VideoFrame, stream: Any) -> Probe:
-    geometry = display.Geometry(frame, stream.sample_aspect_ratio)
+    geometry = colour.Geometry(frame, stream.sample_aspect_ratio)
     container = stream.container
     context = stream.codec_context
     duration_s = float(stream.duration * stream.time_base) if stream.duration else None
@@ -315,7 +315,7 @@ def _probe_stream(path: str, stamp: int, frame: VideoFrame, stream: Any) -> Prob
         color_transfer=_enum_name(ColorTrc, frame.color_trc),
         color_matrix=int(frame.colorspace),
         full_range=frame.color_range == ColorRange.JPEG and not frame.format.is_rgb,
-        hdr=frame.color_trc in display.HDR_TRANSFERS,
+        hdr=frame.color_trc in colour.HDR_TRANSFERS,
         bit_rate=bit_rate,
         has_audio=bool(container.streams.audio),
     )
@@ -338,9 +338,9 @@ def decode_frames(
     """
     if _is_image(path):
         picture = load_image(path, max_pixels)
-        yield display.shrink(picture, max_side) if max_side else picture
+        yield colour.shrink(picture, max_side) if max_side else picture
         return
-    convert = display.RgbConverter(max_side)
+    convert = colour.RgbConverter(max_side)
     given = 0
     spans = decode_video(path, start_pts, end_pts, threads=threads, max_pixels=max_pixels)
     for index, (_, frame, stream) in enumerate(spans):
@@ -360,7 +360,7 @@ def read_frames(
         if (first, count) != (0, 1):
             raise ValueError(f"an image has one frame, not frames {first} to {first + count - 1}")
         return load_image(path, max_pixels)[None]
-    convert = display.RgbConverter()
+    convert = colour.RgbConverter()
     frames: list[np.ndarray] = []
     spans = decode_video(path, clip_row["start_pts"], clip_row["end_pts"], max_pixels=max_pixels)
     for index, (_, frame, stream) in enumerate(spans):
@@ -385,7 +385,7 @@ def numbered_frames(
     if clip_row["media"] == "image":
         yield 0, load_image(path, max_pixels)
         return
-    convert = display.RgbConverter()
+    convert = colour.RgbConverter()
     waiting = list(numbers)
     spans = decode_video(path, clip_row["start_pts"], clip_row["end_pts"], max_pixels=max_pixels)
     for index, (_, frame, stream) in enumerate(spans):

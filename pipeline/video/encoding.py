@@ -10,7 +10,7 @@ import numpy as np
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 
-from pipeline import display, media
+from pipeline.video import colour, decoding
 
 Codec = Literal["h264", "prores", "ffv1"]
 # No HEVC: the x265 of these builds writes past its buffers when a process encodes a second, larger size.
@@ -29,7 +29,7 @@ class Colours:
     full_range: bool = False
 
     @classmethod
-    def of(cls, about: media.Probe) -> "Colours":
+    def of(cls, about: decoding.Probe) -> "Colours":
         """Those of a source whose frames come from `display.RgbConverter`: its own, or BT.709 where that maps
         HDR to standard range, or where the source says nothing."""
         if about.hdr:
@@ -152,7 +152,7 @@ class VideoWriter:
                 src_color_range=ColorRange.JPEG,
                 dst_colorspace=_MATRICES[video.colours.matrix],
                 dst_color_range=ColorRange.JPEG if video.colours.full_range else ColorRange.MPEG,
-                interpolation=display.EXACT,
+                interpolation=colour.EXACT,
                 threads=1,
             )
         else:

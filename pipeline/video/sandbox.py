@@ -31,7 +31,7 @@ _PR_SET_PDEATHSIG = 1
 _START_LIMIT_S = 120.0  # importing the decoders on a busy machine
 _ALLOWED = {
     ("fractions", "Fraction"),
-    ("pipeline.media", "Probe"),
+    ("pipeline.video.decoding", "Probe"),
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
     ("numpy._core.multiarray", "_reconstruct"),
@@ -129,7 +129,13 @@ class Sandbox:
         environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         # Numeric libraries reserve address space for each thread, which would count against the limit.
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-        command = [sys.executable, "-m", "pipeline.sandbox", str(self.memory_limit_bytes), str(os.getpid())]
+        command = [
+            sys.executable,
+            "-m",
+            "pipeline.video.sandbox",
+            str(self.memory_limit_bytes),
+            str(os.getpid()),
+        ]
         self._child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=1 << 20
         )
@@ -231,7 +237,7 @@ def _main() -> None:
     os.dup2(2, 1)  # what libraries print must not run into the answers
     import cv2
 
-    from pipeline import media  # noqa: F401  (ready before the first time limit runs)
+    from pipeline.video import decoding  # noqa: F401  (ready before the first time limit runs)
 
     cv2.setNumThreads(1)
     _serve(sys.stdin.buffer, answers)

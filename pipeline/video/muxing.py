@@ -11,8 +11,8 @@ from typing import Any
 import av
 import numpy as np
 
-from pipeline import display, media
-from pipeline.encoding import VideoFormat
+from pipeline.video import colour, decoding
+from pipeline.video.encoding import VideoFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ def stamped_frames(path: str, skip: int = 0, deep: bool = False) -> Iterator[tup
     Of the first `skip` frames only the time stamps: they are decoded, so that what follows is the same as
     without, but not converted. deep: uint16 frames instead of uint8.
     """
-    convert = display.RgbConverter(deep=deep)
-    for index, (stamp, frame, stream) in enumerate(media.decode_video(path)):
+    convert = colour.RgbConverter(deep=deep)
+    for index, (stamp, frame, stream) in enumerate(decoding.decode_video(path)):
         yield stamp, convert(frame, stream) if index >= skip else None
 
 
@@ -84,7 +84,7 @@ def join(
 
 
 def _open_foreign(path: str) -> Any:
-    return av.open("file:" + path, options={"format_whitelist": media.DEMUXERS})
+    return av.open("file:" + path, options={"format_whitelist": decoding.DEMUXERS})
 
 
 def _companions(opened: Any) -> list[Any]:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import encoding, media
+from pipeline.video import decoding, encoding
 
-TRAILER = str(Path(__file__).parents[2] / "demo/media/trailer_bbb.mp4")
+TRAILER = str(Path(__file__).parents[3] / "demo/media/trailer_bbb.mp4")
 
 
 def moving_picture(count: int = 30, height: int = 144, width: int = 256) -> list[np.ndarray]:
@@ -54,23 +54,23 @@ CODECS = {
 @pytest.mark.parametrize("name", CODECS)
 def test_a_span_is_the_same_frames_as_in_the_whole(name, tmp_path):
     path = encode(tmp_path / name, *CODECS[name])
-    whole = list(media.decode_frames(path))
-    stamps = [stamp for stamp, _, _ in media.decode_video(path)]
+    whole = list(decoding.decode_frames(path))
+    stamps = [stamp for stamp, _, _ in decoding.decode_video(path)]
     assert len(whole) == len(stamps) == 30
     assert difference(whole[20], moving_picture()[20]) < 8
     for first in (0, 1, 8, 13, 24):
         row = {"media": "video", "start_pts": stamps[first], "end_pts": stamps[first + 5]}
-        span = media.read_frames(row, path, 1, 3)
+        span = decoding.read_frames(row, path, 1, 3)
         assert all(np.array_equal(a, b) for a, b in zip(span, whole[first + 1 : first + 4], strict=True))
         with pytest.raises(ValueError, match="only 4 decode"):
-            media.read_frames(row, path, 1, 5)
+            decoding.read_frames(row, path, 1, 5)
 
 
 def test_probe_says_what_the_file_is(tmp_path):
-    found = media.probe(encode(tmp_path / "ten_bit.mp4", *CODECS["ten_bit.mp4"]))
+    found = decoding.probe(encode(tmp_path / "ten_bit.mp4", *CODECS["ten_bit.mp4"]))
     assert (found.media, found.codec, found.bit_depth, found.pix_fmt) == ("video", "hevc", 10, "yuv420p10le")
     assert (found.width, found.height, found.num_frames, found.fps) == (256, 144, 30, 25)
-    trailer = media.probe(TRAILER)
+    trailer = decoding.probe(TRAILER)
     assert trailer.has_audio and trailer.fps == 24 and trailer.num_frames == 1323 and not trailer.interlaced
 
 
@@ -84,19 +84,19 @@ def test_frames_are_turned_and_squared_as_displayed(tmp_path):
         lambda s: s.set_display_rotation(-90),
         frames,
     )
-    found = media.probe(turned)
+    found = decoding.probe(turned)
     assert (found.width, found.height, found.rotation) == (144, 256, 90)
-    shown = next(media.decode_frames(turned))
+    shown = next(decoding.decode_frames(turned))
     assert difference(shown, np.rot90(frames[0], -1)) < 6
 
     def anamorphic(stream) -> None:
         stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
 
     wide = encode(tmp_path / "wide.mp4", "libx264", "yuv420p", {"crf": "8"}, anamorphic, frames)
-    found = media.probe(wide)
+    found = decoding.probe(wide)
     assert (found.width, found.height, found.sample_aspect) == (341, 144, "4/3")
     stretched = cv2.resize(frames[0], (341, 144), interpolation=cv2.INTER_CUBIC)
-    assert difference(next(media.decode_frames(wide)), stretched) < 8
+    assert difference(next(decoding.decode_frames(wide)), stretched) < 8
 
 
 def test_high_dynamic_range_is_brought_to_standard_range(tmp_path):
@@ -114,8 +114,8 @@ def test_high_dynamic_range_is_brought_to_standard_range(tmp_path):
         perceptual_quantiser,
         white,
     )
-    assert media.probe(path).color_transfer == "smpte2084"
-    shown = next(media.decode_frames(path))
+    assert decoding.probe(path).color_transfer == "smpte2084"
+    shown = next(decoding.decode_frames(path))
     assert shown.mean() > 190
 
 
@@ -131,8 +131,8 @@ def test_written_videos_keep_size_count_and_pixels(size, tmp_path):
         with encoding.VideoWriter(path, Fraction(30000, 1001), width, height, codec=codec) as writer:
             for frame in frames:
                 writer.write(frame)
-        back = list(media.decode_frames(path))
-        assert len(back) == 7 and media.probe(path).fps == Fraction(30000, 1001)
+        back = list(decoding.decode_frames(path))
+        assert len(back) == 7 and decoding.probe(path).fps == Fraction(30000, 1001)
         for one, other in zip(frames, back, strict=True):
             assert difference(one, other) == 0 if codec == "ffv1" else difference(one, other) < 4
     with (
@@ -146,28 +146,28 @@ def test_images_become_rgb_as_shown(tmp_path):
     picture = moving_picture(1)[0]
     image = Image.fromarray(picture)
     image.convert("L").save(tmp_path / "grey.png")
-    grey = media.load_image(str(tmp_path / "grey.png"))
+    grey = decoding.load_image(str(tmp_path / "grey.png"))
     assert grey.shape == picture.shape and np.array_equal(grey[..., 0], grey[..., 2])
     half = image.convert("RGBA")
     half.putalpha(128)
     half.save(tmp_path / "half.png")
-    assert difference(media.load_image(str(tmp_path / "half.png")), (picture * (128 / 255)).round()) < 1
+    assert difference(decoding.load_image(str(tmp_path / "half.png")), (picture * (128 / 255)).round()) < 1
     exif = image.getexif()
     exif[0x0112] = 6
     image.save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(media.load_image(str(tmp_path / "turned.png")), np.rot90(picture, -1))
-    found = media.probe(str(tmp_path / "turned.png"))
+    assert np.array_equal(decoding.load_image(str(tmp_path / "turned.png")), np.rot90(picture, -1))
+    found = decoding.probe(str(tmp_path / "turned.png"))
     assert (found.media, found.width, found.height, found.rotation) == ("image", 144, 256, 90)
     deep = (np.arange(64 * 64).reshape(64, 64) * 16).astype(np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert np.array_equal(media.load_image(str(tmp_path / "deep.png"))[..., 1], (deep / 257).round())
+    assert np.array_equal(decoding.load_image(str(tmp_path / "deep.png"))[..., 1], (deep / 257).round())
 
 
 def test_unusable_files_say_why(tmp_path):
     def reason(name: str, data: bytes) -> str:
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError) as caught:
-            media.probe(str(tmp_path / name))
+            decoding.probe(str(tmp_path / name))
         return str(caught.value)
 
     whole = Path(encode(tmp_path / "whole.mp4", "libx264", "yuv420p", {})).read_bytes()
@@ -180,6 +180,6 @@ def test_unusable_files_say_why(tmp_path):
     Image.fromarray(moving_picture(1)[0]).save(tmp_path / "whole.jpg")
     assert "cannot be decoded" in reason("cut.jpg", (tmp_path / "whole.jpg").read_bytes()[:3000])
     with pytest.raises(ValueError, match="256x144 pixels are more than the limit of 10000"):
-        media.probe(str(tmp_path / "whole.mp4"), max_pixels=10_000)
+        decoding.probe(str(tmp_path / "whole.mp4"), max_pixels=10_000)
     with pytest.raises(ValueError, match="more than the limit"):
-        media.probe(str(tmp_path / "whole.jpg"), max_pixels=10_000)
+        decoding.probe(str(tmp_path / "whole.jpg"), max_pixels=10_000)
