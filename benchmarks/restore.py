@@ -33,12 +33,13 @@ import torch
 from benchmarks.memory import reset_peak, status_bytes
 from model.swin_mmdit import TINY, SwinMMDiT
 from model.vae.autoencoder import CausalVideoAutoencoder
-from pipeline import restore, weights
-from pipeline.backbones import ModelConfig
+from pipeline import restore
 from pipeline.latent_stream import Chunk
 from pipeline.restore import RestoreActor, RestoreConfig, Sampling
 from pipeline.runtime.stage import proportional_memory
 from pipeline.video import decoding, encoding
+from pipeline.weights import weights_folder
+from pipeline.weights.backbones import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = f"file://{ROOT}/demo/weights/vae", f"file://{ROOT}/demo/weights/dit"
@@ -52,13 +53,13 @@ NAIVE_SIZE = (96, 160)
 def tiny_models(folder: Path) -> tuple[str, str]:
     """Random weights at a fraction of the shipped widths; their URLs."""
     torch.manual_seed(0)
-    vae_config = dataclasses.replace(weights.load_vae(SHIPPED[0]).config, widths=(4, 4, 8, 16))
+    vae_config = dataclasses.replace(weights_folder.load_vae(SHIPPED[0]).config, widths=(4, 4, 8, 16))
     dit_config = dataclasses.replace(TINY, num_layers=2, num_heads=2, windows=((5, 16, 16),))
     urls = f"file://{folder}/vae", f"file://{folder}/dit"
     vae, dit = CausalVideoAutoencoder(vae_config), SwinMMDiT(dit_config)
-    weights.save_weights(urls[0], weights.VAE, vae_config, vae.state_dict())
-    null = weights.Prompts(torch.randn(7, dit_config.text_dim), torch.randn(dit_config.pooled_dim))
-    weights.save_weights(urls[1], weights.SWIN_MMDIT, dit_config, dit.state_dict(), null)
+    weights_folder.save_weights(urls[0], weights_folder.VAE, vae_config, vae.state_dict())
+    null = weights_folder.Prompts(torch.randn(7, dit_config.text_dim), torch.randn(dit_config.pooled_dim))
+    weights_folder.save_weights(urls[1], weights_folder.SWIN_MMDIT, dit_config, dit.state_dict(), null)
     return urls
 
 

@@ -45,10 +45,10 @@ from pipeline import (
     sampling,
     train_dit,
     training,
-    weights,
 )
 from pipeline.sampling import Bucket
 from pipeline.store import bf16_columns, storage
+from pipeline.weights import weights_folder
 
 OUT = Path("out/bench/training.json")
 VAE = f"file://{Path('demo/weights/vae').resolve()}"
@@ -85,7 +85,7 @@ class Sources:
 
     def __init__(self, samples: int) -> None:
         self.config = precompute.PrecomputeConfig(data="/none", vae=VAE, text=TINY_ENCODERS, buckets=[BUCKET])
-        self.vae = weights.load_vae(VAE).eval()
+        self.vae = weights_folder.load_vae(VAE).eval()
         self.encoders = TextEncoders(TINY_ENCODERS)
         self.null = self.encoders.encode([""])[0]
         planned = [

@@ -28,7 +28,7 @@ from pipeline import precompute, text_stage, training
 from pipeline.runtime.job_config import parse
 from pipeline.store import schema, storage
 from pipeline.video import decoding, encoding
-from pipeline.weights import WEIGHTS_FILE
+from pipeline.weights.weights_folder import WEIGHTS_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "small" / "precompute.yaml"

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pipeline import report_plots, weights
+from pipeline import report_plots
 from pipeline.report import CEILING, FILES, Comparison, Picture, Pictures, write_report
 from pipeline.restorer import reconstruct
 from pipeline.store import schema, storage
 from pipeline.video import decoding
+from pipeline.weights import weights_folder
 
 FILTER_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo" / "filter.yaml"
 MODELS = {"vae": "autoencoder", "dit": "transformer"}
@@ -163,9 +164,9 @@ def _restored_file(out: Path, file: str) -> Path | None:
 def _rebuilder(out: Path) -> Reconstruct | None:
     """frames -> the last of them as the autoencoder makes it; None where no autoencoder was trained."""
     folder = out / "data" / "weights" / "vae"
-    if not (folder / weights.CONFIG_FILE).exists():
+    if not (folder / weights_folder.CONFIG_FILE).exists():
         return None
-    vae = weights.load_vae(f"file://{folder}")
+    vae = weights_folder.load_vae(f"file://{folder}")
 
     def rebuild(frames: list[np.ndarray]) -> np.ndarray:
         return list(reconstruct(vae, frames))[-1][-1]

@@ -30,11 +30,11 @@ from pipeline import (
     pairs,
     peers,
     restore,
-    weights,
 )
 from pipeline.runtime.job_config import parse
 from pipeline.scores.full_reference import psnr
 from pipeline.video import decoding
+from pipeline.weights import weights_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFESTS = ROOT / "demo" / "manifests"
@@ -284,7 +284,7 @@ def main() -> None:
     lines: list[str] = []
     try:
         for part in ("vae", "dit"):
-            if not (options.weights / part / weights.CONFIG_FILE).exists():
+            if not (options.weights / part / weights_folder.CONFIG_FILE).exists():
                 raise ValueError(f"--weights: {options.weights} has no {part}/ with trained weights")
         held_out.fetch(options.out / "fetched")
         for shots, name in ((HELD_OUT, "held_out"), (TRAINING, "training")):

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from model import checkpoints
 from model.vae import FULL_CONFIG, AutoencoderConfig, CausalVideoAutoencoder
-from pipeline import backbones, checkpoint, text_stage, weights
+from pipeline import checkpoint, text_stage
 from pipeline.store import storage
+from pipeline.weights import backbones, weights_folder
 
 ReleasedKind = Literal["vae", "seedvr-3b", "seedvr-7b", "seedvr2-3b", "seedvr2-7b"]
 CARD = "MODEL_CARD.md"
@@ -56,7 +57,7 @@ class ConvertConfig:
         for key in ("source", "output", "positive", "negative", "data"):
             if getattr(self, key) is not None:
                 storage.check_url(getattr(self, key), key)
-        if weights.is_released_file(self.source) != (self.kind is not None):
+        if weights_folder.is_released_file(self.source) != (self.kind is not None):
             raise ValueError(f"kind: it says what a single file holds; {self.source} goes {self._without}it")
         if (self.positive is None) != (self.negative is None):
             raise ValueError("positive, negative: give both prompts or none")
@@ -73,7 +74,7 @@ class Loaded:
     kind: str
     shape: Any
     state: dict[str, Tensor]
-    prompts: weights.Prompts | None
+    prompts: weights_folder.Prompts | None
     facts: dict[str, Any]
 
 
@@ -84,9 +85,9 @@ def opened(config: ConvertConfig) -> Iterator[Loaded]:
         if config.kind is not None:
             with storage.local_copy(config.source, folder) as path:
                 yield read_file(config, config.kind, path)
-        elif storage.exists(storage.join(config.source, weights.CONFIG_FILE)):
-            kind, shape, state, prompts = weights.read_folder(config.source)
-            about = weights.describe(config.source)["about"]
+        elif storage.exists(storage.join(config.source, weights_folder.CONFIG_FILE)):
+            kind, shape, state, prompts = weights_folder.read_folder(config.source)
+            about = weights_folder.describe(config.source)["about"]
             yield Loaded(kind, shape, state, prompts, {"training": about})
         else:
             yield read_checkpoint(config)
@@ -95,19 +96,19 @@ def opened(config: ConvertConfig) -> Iterator[Loaded]:
 def read_file(config: ConvertConfig, kind: ReleasedKind, path: str) -> Loaded:
     """A released file."""
     state = checkpoints.read_tensors(path)
-    facts = {"sha256 of the source": weights.weights_hash(config.source)}
+    facts = {"sha256 of the source": weights_folder.weights_hash(config.source)}
     if kind == "vae":
         stated = checkpoints.read_header(path).get("autoencoder")
         shape = checkpoints.config_from_header(AutoencoderConfig, stated, path) if stated else FULL_CONFIG
         with torch.device("meta"):
             checkpoints.check_fits(CausalVideoAutoencoder(shape), state, path)
-        return Loaded(weights.VAE, shape, state, None, facts)
+        return Loaded(weights_folder.VAE, shape, state, None, facts)
     backbone = checkpoints.load_backbone(path, backbones.RELEASED[kind].config)
     prompts = None
     if config.positive and config.negative:
         positive, negative = (backbones.read_prompt(url).text for url in (config.positive, config.negative))
-        prompts = weights.Prompts(null=negative, positive=positive)
-    return Loaded(weights.NADIT, backbone.config, state, prompts, {"model": kind, **facts})
+        prompts = weights_folder.Prompts(null=negative, positive=positive)
+    return Loaded(weights_folder.NADIT, backbone.config, state, prompts, {"model": kind, **facts})
 
 
 def read_checkpoint(config: ConvertConfig) -> Loaded:
@@ -118,7 +119,7 @@ def read_checkpoint(config: ConvertConfig) -> Loaded:
         raise ValueError(f"source: {config.source} is no checkpoint of train_dit")
     prompts = None if config.data is None else text_stage.read_texts(config.data).prompts()
     facts = {"training": {"step": state["step"], "initial": state["initial"], "weights": config.which}}
-    return Loaded(network["kind"], weights.shape_from_json(network), tensors, prompts, facts)
+    return Loaded(network["kind"], weights_folder.shape_from_json(network), tensors, prompts, facts)
 
 
 def write(config: ConvertConfig, loaded: Loaded) -> None:
@@ -126,22 +127,22 @@ def write(config: ConvertConfig, loaded: Loaded) -> None:
     state = loaded.state
     if config.dtype != "keep":
         state = {name: tensor.to(getattr(torch, config.dtype)) for name, tensor in state.items()}
-    if not weights.is_released_file(config.output):
-        if loaded.kind != weights.VAE and loaded.prompts is None:
+    if not weights_folder.is_released_file(config.output):
+        if loaded.kind != weights_folder.VAE and loaded.prompts is None:
             raise ValueError(
                 "output: a weights folder carries its prompts; give `positive` and `negative` for a released "
                 "file, `data` for a checkpoint"
             )
-        weights.save_weights(
+        weights_folder.save_weights(
             config.output, loaded.kind, loaded.shape, state, loaded.prompts, {"converted": loaded.facts}
         )
         return
-    if loaded.kind == weights.SWIN_MMDIT:
+    if loaded.kind == weights_folder.SWIN_MMDIT:
         raise ValueError("output: only released models have single files; give the URL of a folder")
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, posixpath.basename(config.output))
         if path.endswith(".safetensors"):
-            name = "autoencoder" if loaded.kind == weights.VAE else "backbone"
+            name = "autoencoder" if loaded.kind == weights_folder.VAE else "backbone"
             checkpoints.write_tensors(path, state, {name: dataclasses.asdict(loaded.shape)})
         else:
             torch.save(state, path)
@@ -177,7 +178,7 @@ def run(config: ConvertConfig) -> None:
         write(config, loaded)
         beside = (
             f"{config.output}.md"
-            if weights.is_released_file(config.output)
+            if weights_folder.is_released_file(config.output)
             else storage.join(config.output, CARD)
         )
         storage.write_bytes(beside, card(config, loaded).encode())

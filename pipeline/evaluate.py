@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from model import preprocess
-from pipeline import benchmark_sets, evaluate_tables, peers, weights
+from pipeline import benchmark_sets, evaluate_tables, peers
 from pipeline.restore import IMAGE_ENDINGS, MANIFEST, VIDEO_ENDINGS, natural_order
 from pipeline.restorer import reconstruct
 from pipeline.runtime import stage
@@ -34,6 +34,7 @@ from pipeline.scores.warping import warping_error
 from pipeline.store import storage
 from pipeline.video import decoding
 from pipeline.video.sandbox import Sandbox
+from pipeline.weights import weights_folder
 
 CEILING = "VAE(truth)"
 FULL_REFERENCE = ("psnr_rgb", "psnr_y", "ssim_rgb", "ssim_y")
@@ -165,7 +166,7 @@ class Measure:
         self.truth_reader, self.reader = Sandbox(config.decode_seconds), Sandbox(config.decode_seconds)
         device = torch.device("cuda" if config.gpus and torch.cuda.is_available() else "cpu")
         vae = config.reconstruct_with
-        self.vae = weights.load_vae(vae).to(device) if vae is not None else None
+        self.vae = weights_folder.load_vae(vae).to(device) if vae is not None else None
         self.networks = Networks(config.learned, device)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -333,7 +334,7 @@ def protocol(config: EvaluateConfig) -> dict[str, Any]:
     if config.reconstruct_with:
         about["methods"][CEILING] = {
             "url": config.reconstruct_with,
-            "vae_sha256": [weights.weights_hash(config.reconstruct_with)],
+            "vae_sha256": [weights_folder.weights_hash(config.reconstruct_with)],
         }
     return about
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from model.checkpoints import load_autoencoder
 from model.lpips import Lpips
 from model.vae import CausalVideoAutoencoder
-from pipeline import evaluate_tables, weights
+from pipeline import evaluate_tables
 from pipeline.diffusers_vae import CONFIG_FILE, DiffusersAutoencoder
 from pipeline.evaluate import bicubic, media_files, summarise
 from pipeline.restorer import reconstruct
@@ -34,6 +34,7 @@ from pipeline.store import storage
 from pipeline.vae_objective import check_perceptual, load_perceptual
 from pipeline.video import decoding
 from pipeline.video.sandbox import Sandbox
+from pipeline.weights import weights_folder
 
 RESULTS = "vae_evaluation"
 METRICS = ("psnr_rgb", "ssim_rgb", "lpips")
@@ -128,7 +129,7 @@ def load(url: str, device: torch.device | str) -> Autoencoder:
                 f"{url}: no {CONFIG_FILE} here; give a weights folder, an ema_vae file or diffusers'"
             )
         if "sha256" in storage.read_json(storage.join(url, CONFIG_FILE)):
-            return _ours(weights.load_vae(url).to(device))
+            return _ours(weights_folder.load_vae(url).to(device))
         return _theirs(DiffusersAutoencoder(_local_folder(url, folder), device))
 
 

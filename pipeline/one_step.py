@@ -14,9 +14,9 @@ from torch import Tensor
 
 from model.flow import MAX_TIME
 from model.vae.autoencoder import CausalVideoAutoencoder
-from pipeline import weights
 from pipeline.batches import Batch
 from pipeline.store import schema, storage
+from pipeline.weights import weights_folder
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class PixelLoss:
 
     def __init__(self, config: OneStepConfig, device: torch.device, dtype: torch.dtype) -> None:
         assert config.vae is not None
-        self._vae = weights.load_vae(config.vae).to(device, dtype).eval().requires_grad_(False)
+        self._vae = weights_folder.load_vae(config.vae).to(device, dtype).eval().requires_grad_(False)
         self._weight = config.pixel_weight
 
     def __call__(self, batch: Batch, velocity: Tensor) -> Tensor:

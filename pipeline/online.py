@@ -14,14 +14,9 @@ import torch
 from torch import Tensor
 
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig
-from pipeline import (
-    batches,
-    precompute,
-    sampling,
-    text_stage,
-    weights,
-)
+from pipeline import batches, precompute, sampling, text_stage
 from pipeline.store import bf16_columns, schema, storage
+from pipeline.weights import weights_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +49,7 @@ class OnlineConfig:
 
 def write_texts(config: OnlineConfig, data_url: str, seed: int) -> None:
     """Fill text/ of the kept clips where it is missing. Needs Ray; the driver calls it before training."""
-    weights.weights_hash(config.vae)  # says what is wrong with it
+    weights_folder.weights_hash(config.vae)  # says what is wrong with it
     precompute.write_texts(config.precompute(data_url, seed), text_stage.KeptClips(data_url))
 
 
@@ -96,7 +91,7 @@ class OnlineReader:
         self.planned = planned_samples(config, data_url, seed)
         texts = batches.LatentReader(data_url)
         self.texts, self.prompt = texts.texts, texts.prompt
-        self._vae = weights.load_vae(config.vae).to(device=device, dtype=dtype).eval()
+        self._vae = weights_folder.load_vae(config.vae).to(device=device, dtype=dtype).eval()
         self._lock = threading.Lock()  # one decoding process, and the thread that reads ahead is not alone
         self._held_out: dict[str, tuple[Tensor, Tensor]] = {}
 

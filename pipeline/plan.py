@@ -23,8 +23,9 @@ from model.operations import (
 )
 from model.packing import patch_grids
 from model.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
-from pipeline import backbones, sample_stream, sampling, train_dit
+from pipeline import sample_stream, sampling, train_dit
 from pipeline.store import schema, storage
+from pipeline.weights import backbones
 
 PAPER_GPUS, PAPER_GPU_HOURS = 256, 30_000
 """Section 4: "256 NVIDIA H100-80G GPUs", "about 30K H100-80G GPU hours"."""

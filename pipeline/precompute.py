@@ -19,12 +19,13 @@ import torch
 
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, draw, to_json
 from model.vae.autoencoder import CausalVideoAutoencoder, posterior_noise
-from pipeline import estimate, sampling, text_stage, weights
+from pipeline import estimate, sampling, text_stage
 from pipeline.runtime import prometheus, stage, work_plan
 from pipeline.store import bf16_columns, schema, source_cache, storage
 from pipeline.video import decoding, pixel_range
 from pipeline.video.sandbox import MediaError
 from pipeline.video.sandbox import shared as shared_sandbox
+from pipeline.weights import weights_folder
 
 _ESTIMATE = "_estimate"  # below the data root: a dry run's summary
 _MEDIA_FIELDS = (
@@ -159,7 +160,7 @@ class EncodeShard:
         if device.type == "cpu":
             torch.set_num_threads(max(1, int(config.encode_cpus)))
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.vae = weights.load_vae(config.vae).to(device=device, dtype=dtype).eval()
+        self.vae = weights_folder.load_vae(config.vae).to(device=device, dtype=dtype).eval()
         self.prepare = ray.remote(num_cpus=1, scheduling_strategy="SPREAD", max_retries=3)(prepare_sample)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -260,7 +261,7 @@ def complete_index(latents_url: str) -> int:
 
 def latents_fingerprint(config: PrecomputeConfig) -> str:
     return schema.fingerprint(
-        vae=weights.weights_hash(config.vae),
+        vae=weights_folder.weights_hash(config.vae),
         video_recipe=dataclasses.asdict(config.video_recipe),
         image_recipe=dataclasses.asdict(config.image_recipe),
         seed=config.seed,

@@ -17,7 +17,7 @@ import ray
 import torch
 
 from model import preprocess
-from pipeline import backbones, preview_page
+from pipeline import preview_page
 from pipeline.memory_plan import free_gib, is_out_of_memory, plan_memory, step_down
 from pipeline.restore_file import (
     Encoding,
@@ -34,6 +34,7 @@ from pipeline.segments import Segments
 from pipeline.store import schema, storage
 from pipeline.video import decoding
 from pipeline.video.sandbox import Sandbox
+from pipeline.weights import backbones
 
 __all__ = ["Encoding", "RestoreConfig", "Restorer", "Sampling", "run"]
 

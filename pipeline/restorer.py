@@ -21,12 +21,19 @@ from torch import Tensor, nn
 from model import flow, preprocess
 from model.vae.autoencoder import CausalVideoAutoencoder
 from model.vae.causal_conv import StreamMemory, channels_last
-from pipeline import memory_plan, weights
-from pipeline.backbones import Backbone, ModelConfig, Prompt, Schedule, load_backbone
+from pipeline import memory_plan
 from pipeline.latent_stream import Chunk, ChunkBlender, ChunkCutter, ChunkPlan, frame_noise
 from pipeline.memory_plan import MemoryPlan, Models
 from pipeline.store.schema import TEMPORAL_FACTOR
 from pipeline.video import pixel_range
+from pipeline.weights import weights_folder
+from pipeline.weights.backbones import (
+    Backbone,
+    ModelConfig,
+    Prompt,
+    Schedule,
+    load_backbone,
+)
 
 STEPS_OF_WORK = ("read", "encode", "transformer", "decode", "pixels", "write")
 """pixels: sizes and colours; read and write: of files, where there are some."""
@@ -130,7 +137,7 @@ class Restorer:
     ) -> "Restorer":
         """From folders that training wrote, or from released files."""
         place, dtype = placement(device)
-        return cls(weights.load_vae(model.vae), load_backbone(model, dtype, place), sampling, place)
+        return cls(weights_folder.load_vae(model.vae), load_backbone(model, dtype, place), sampling, place)
 
     def plans(self, size: tuple[int, int]) -> list[MemoryPlan]:
         """All plans for results of (height, width) pixels, the one to be preferred first."""

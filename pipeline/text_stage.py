@@ -20,10 +20,10 @@ from torch import Tensor
 
 from model import text
 from model.text import TextEmbedding, TextEncoderConfig, TextEncoders
-from pipeline import backbones, weights
 from pipeline.runtime import prometheus, stage, work_plan
 from pipeline.store import bf16_columns, schema, storage
 from pipeline.store.id_index import ID_BYTES, Lookup, id_array
+from pipeline.weights import backbones, weights_folder
 
 TextConfig = TextEncoderConfig
 _PARTS = ("clip_l", "clip_g", "t5", "pooled_l", "pooled_g")
@@ -76,9 +76,9 @@ class ClipTexts:
     null: TextEmbedding
     """of ''"""
 
-    def prompts(self) -> weights.Prompts:
+    def prompts(self) -> weights_folder.Prompts:
         """What a model trained on these is used with."""
-        return weights.Prompts(*text.join(self.null, self.null, False, False, False))
+        return weights_folder.Prompts(*text.join(self.null, self.null, False, False, False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +92,9 @@ class FixedTexts:
         """The network's text input, tokens and pooled vector; the latter is empty here."""
         return self.negative if dropped else self.positive, torch.empty(0)
 
-    def prompts(self) -> weights.Prompts:
+    def prompts(self) -> weights_folder.Prompts:
         """What a model trained on these is used with."""
-        return weights.Prompts(null=self.negative, positive=self.positive)
+        return weights_folder.Prompts(null=self.negative, positive=self.positive)
 
 
 def read_texts(data_url: str) -> ClipTexts | FixedTexts:
@@ -120,7 +120,7 @@ def read_texts(data_url: str) -> ClipTexts | FixedTexts:
 
 
 def _read_fixed(name: str, url: str, sha256: str) -> Tensor:
-    if weights.weights_hash(url) != sha256:
+    if weights_folder.weights_hash(url) != sha256:
         raise ValueError(f"fixed_text.{name}: {url} is not the file that precompute was run with")
     return backbones.read_prompt(url).text
 
@@ -228,7 +228,7 @@ def fix_kept_clips(data_url: str, kept: KeptClips, config: FixedTextConfig) -> N
     folder = storage.join(data_url, schema.TEXT)
     rows = (row for row, _, _ in kept.rows(data_url, ["clip_id"]))
     urls = dataclasses.asdict(config)
-    hashes = {name: weights.weights_hash(url) for name, url in urls.items()}
+    hashes = {name: weights_folder.weights_hash(url) for name, url in urls.items()}
     fingerprint = schema.fingerprint(fixed_text=hashes)
     fixed = json.dumps({name: {"url": url, "sha256": hashes[name]} for name, url in urls.items()})
     table = schema.with_fingerprint(

@@ -19,14 +19,12 @@ from torch.func import functional_call
 from model import checkpoints, operations
 from model.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
 from pipeline import (
-    backbones,
     batches,
     online,
     sample_stream,
     text_stage,
     train_log,
     training,
-    weights,
 )
 from pipeline.checkpoint import Checkpoints, from_rank_0
 from pipeline.faults import FaultConfig, Orders, StepGuard, StoppedError, outcome
@@ -36,6 +34,7 @@ from pipeline.runtime import stage
 from pipeline.store import schema, storage
 from pipeline.train_state import MovingAverage
 from pipeline.validation import Validation, ValidationConfig
+from pipeline.weights import backbones, weights_folder
 
 NAME = "dit"
 
@@ -170,13 +169,13 @@ def check_data(config: TrainDitConfig) -> None:
             "encoders, or with `fixed_text` for a released backbone"
         )
     if config.validation is not None:
-        weights.weights_hash(config.validation.vae)  # says what is wrong with it
+        weights_folder.weights_hash(config.validation.vae)  # says what is wrong with it
     for stage_config in config.stages:
         rows = rows_of(index, stage_config, "train")
         sample_stream.check_budget(rows, stage_config.tokens_per_pack, stage_config.name)
         rows_of(index, stage_config, "held_out")
         if stage_config.one_step is not None and stage_config.one_step.vae is not None:
-            weights.weights_hash(stage_config.one_step.vae)  # says what is wrong with it
+            weights_folder.weights_hash(stage_config.one_step.vae)  # says what is wrong with it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,14 +241,14 @@ def held_out_loss(
     return float(training.all_reduced(total)) / held_out.triples
 
 
-def network(config: TrainDitConfig) -> weights.Transformer:
+def network(config: TrainDitConfig) -> weights_folder.Transformer:
     """The network as training begins, fp32 on the CPU."""
     if config.initial is not None:
         return backbones.load_transformer(config.initial, torch.float32)[0]
     assert config.model is not None  # TrainDitConfig has checked
     model = SwinMMDiT(config.model)
     if config.sd3 is not None:
-        local = storage.local_copy if weights.is_released_file(config.sd3) else storage.local_folder
+        local = storage.local_copy if weights_folder.is_released_file(config.sd3) else storage.local_folder
         with tempfile.TemporaryDirectory() as folder, local(config.sd3, folder) as path:
             report = checkpoints.load_sd3_transformer(model, path)
         if training.rank() == 0:
@@ -257,7 +256,7 @@ def network(config: TrainDitConfig) -> weights.Transformer:
     return model
 
 
-def hollow(model: weights.Transformer) -> torch.nn.Module:
+def hollow(model: weights_folder.Transformer) -> torch.nn.Module:
     """The network without values, for `forward` with given ones: ZeRO 3 takes the weights out of `model`."""
     kind: Any = type(model)
     with torch.device("meta"):
@@ -292,7 +291,10 @@ class Run:
             "position": 0,
             "history": [],
             "held_out": [],
-            "network": {"kind": weights.transformer_kind(model), "config": dataclasses.asdict(model.config)},
+            "network": {
+                "kind": weights_folder.transformer_kind(model),
+                "config": dataclasses.asdict(model.config),
+            },
             "initial": config.initial and dataclasses.asdict(config.initial),
         }
         engines, averages = {NAME: self.engine}, {NAME: self.average}
@@ -475,7 +477,9 @@ class Run:
             model = self.engine.module
             whole = {**dict(model.named_buffers()), **average}
             prompts = self.reader.texts.prompts()
-            weights.save_weights(url, weights.transformer_kind(model), model.config, whole, prompts, about)
+            weights_folder.save_weights(
+                url, weights_folder.transformer_kind(model), model.config, whole, prompts, about
+            )
             history = {"steps": self.state["history"], "held_out": self.state["held_out"]}
             history["validation"] = self.state.get("validation", [])
             storage.write_json(storage.join(url, training.HISTORY), history)

@@ -20,13 +20,7 @@ from model import checkpoints
 from model.discriminator import VideoDiscriminator
 from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
 from model.vae.wavelet_start import check_wavelet_start, start_as_wavelets
-from pipeline import (
-    sampling,
-    train_log,
-    training,
-    vae_objective,
-    weights,
-)
+from pipeline import sampling, train_log, training, vae_objective
 from pipeline.checkpoint import Checkpoints
 from pipeline.faults import Orders, StoppedError, outcome
 from pipeline.runtime import stage
@@ -36,6 +30,7 @@ from pipeline.train_state import MovingAverage
 from pipeline.vae_objective import AdversarialConfig, Group, Objective
 from pipeline.video import decoding, pixel_range
 from pipeline.video.sandbox import MediaError, Sandbox
+from pipeline.weights import weights_folder
 
 NAME, DISCRIMINATOR = "vae", "discriminator"
 EQUAL_PSNR_DB = 100.0
@@ -223,7 +218,7 @@ def initial_autoencoder(config: TrainVaeConfig) -> CausalVideoAutoencoder:
             return checkpoints.load_inflated_autoencoder(path, config.model).requires_grad_(True)
     vae = CausalVideoAutoencoder(config.model)
     if config.initial_weights is not None:
-        state = weights.load_vae(config.initial_weights).state_dict()
+        state = weights_folder.load_vae(config.initial_weights).state_dict()
         checkpoints.load_strict(vae, state, f"initial_weights: {config.initial_weights}")
     elif config.start == "wavelets":
         start_as_wavelets(vae)
@@ -401,7 +396,7 @@ class Run:
             plain = {name.removeprefix("vae."): tensor for name, tensor in average.items()}
             about = {"steps": self.state["step"], "held_out": self.state["held_out"]}
             model = dataclasses.replace(self.config.model, latent_scale=self.latent_scale())
-            weights.save_weights(url, weights.VAE, model, plain, about=about)
+            weights_folder.save_weights(url, weights_folder.VAE, model, plain, about=about)
             history = {"steps": self.state["history"], "held_out": self.state["held_out"]}
             storage.write_json(storage.join(url, training.HISTORY), history)
 
@@ -415,8 +410,8 @@ def check_start(config: TrainVaeConfig) -> None:
     if config.initial_image_weights is not None and not storage.exists(config.initial_image_weights):
         raise ValueError(f"initial_image_weights: {config.initial_image_weights} does not exist")
     if config.initial_weights is not None:
-        found = weights.config_from_json(
-            AutoencoderConfig, weights.describe(config.initial_weights)["config"]
+        found = weights_folder.config_from_json(
+            AutoencoderConfig, weights_folder.describe(config.initial_weights)["config"]
         )
         scale, shift = config.model.latent_scale, config.model.latent_shift  # may differ
         if dataclasses.replace(found, latent_scale=scale, latent_shift=shift) != config.model:

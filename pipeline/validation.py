@@ -15,13 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model import flow
-from pipeline import training, weights
+from pipeline import training
 from pipeline.batches import Batch, Reader
 from pipeline.latent_stream import frame_noise
 from pipeline.scores.full_reference import full_reference_scores
 from pipeline.scores.niqe import niqe
 from pipeline.store import schema, storage
 from pipeline.video import encoding, pixel_range
+from pipeline.weights import weights_folder
 
 FOLDER = "validation"
 _SLICE_FRAMES = 8
@@ -69,7 +70,7 @@ class Validation:
     ) -> None:
         self.config, self.reader, self.rows = config, reader, chosen(rows, config.clips)
         self.device, self.dtype, self.seed = device, dtype, seed
-        self.vae = weights.load_vae(config.vae).to(dtype).eval().requires_grad_(False)
+        self.vae = weights_folder.load_vae(config.vae).to(dtype).eval().requires_grad_(False)
 
     @torch.no_grad()
     def run(

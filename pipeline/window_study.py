@@ -20,13 +20,13 @@ from pipeline import (
     train_dit,
     training,
 )
-from pipeline.backbones import ModelConfig
 from pipeline.restore_file import Encoding
 from pipeline.restorer import Sampling
 from pipeline.runtime import stage
 from pipeline.scores import published
 from pipeline.scores.perceptual import LearnedMetrics
 from pipeline.store import storage
+from pipeline.weights.backbones import ModelConfig
 
 RESULTS = "windows"
 _WARM_UP_STEPS = 3

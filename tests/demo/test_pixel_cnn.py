@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from demo import pixel_cnn
 from pipeline import pairs
 from pipeline.video import decoding
-from pipeline.weights import WEIGHTS_FILE
+from pipeline.weights.weights_folder import WEIGHTS_FILE
 
 
 def noisy_pairs(count: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from model.vae import AutoencoderConfig, CausalVideoAutoencoder
-from pipeline import weights
+from pipeline.weights import weights_folder
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "demo" / "weights" / "vae"
@@ -39,7 +39,7 @@ def _no_grad():
 @pytest.fixture(scope="module")
 def autoencoder() -> CausalVideoAutoencoder:
     if SHIPPED.exists():
-        return weights.load_vae(f"file://{SHIPPED}")
+        return weights_folder.load_vae(f"file://{SHIPPED}")
     torch.manual_seed(3)
     return CausalVideoAutoencoder(RANDOM).eval()
 

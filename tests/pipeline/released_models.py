@@ -7,7 +7,7 @@ import torch
 from model import checkpoints
 from model.nadit import NaDiT, NaDiTConfig
 from model.vae.autoencoder import CausalVideoAutoencoder
-from pipeline.backbones import ModelConfig
+from pipeline.weights.backbones import ModelConfig
 from tests.pipeline import tiny_models
 
 TEXT_DIM = 24

@@ -3,7 +3,8 @@
 import torch
 
 from model.flow import MAX_TIME
-from pipeline import batches, one_step, weights
+from pipeline import batches, one_step
+from pipeline.weights import weights_folder
 from tests.pipeline.tiny_models import save_vae
 
 SHAPES = [(1, 2, 2), (2, 4, 2)]
@@ -63,7 +64,7 @@ def test_the_pixel_loss_is_that_of_the_decoded_estimate_and_only_at_time_1000(tm
     assert loss(batch, batch.target).tolist() == [0.0, 0.0]
     velocity = (batch.target + 0.5 * torch.randn_like(batch.target)).requires_grad_()
     found = loss(batch, velocity)
-    vae = weights.load_vae(config.vae or "")
+    vae = weights_folder.load_vae(config.vae or "")
     estimate, truth = (
         (batch.video[:4, :16] - rows[:4]).view(1, 2, 2, 16).permute(3, 0, 1, 2)[None]
         for rows in (velocity.detach(), batch.target)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import restore, weights
-from pipeline.backbones import OWN, Backbone, ModelConfig, Prompt
+from pipeline import restore
 from pipeline.restore import RestoreConfig, Restorer, Sampling
 from pipeline.store import storage
 from pipeline.video import decoding
 from pipeline.video.muxing import stamped_frames
+from pipeline.weights import weights_folder
+from pipeline.weights.backbones import OWN, Backbone, ModelConfig, Prompt
 from tests.pipeline import tiny_models
 from tests.pipeline.clips import MEDIA, cut_with_sound, make_video, packets
 
@@ -110,7 +111,7 @@ def test_chunks_that_agree_leave_no_trace(models, frames):
     out = []
     for chunk_frames in (9, 41):
         sampling = Sampling(steps=1, chunk_frames=chunk_frames, overlap_frames=4, condition_noise=0)
-        vae = weights.load_vae(models.vae)
+        vae = weights_folder.load_vae(models.vae)
         out.append(restored(Restorer(vae, network, sampling, device="cpu"), frames).astype(int))
     assert np.abs(out[0] - out[1]).max() <= 1
     assert np.abs(np.diff(out[0], axis=0)).mean() > 1  # the noise does show

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from pipeline import restore
-from pipeline.backbones import ModelConfig
 from pipeline.restore import Encoding, RestoreActor, RestoreConfig, Sampling
 from pipeline.video import decoding, muxing
+from pipeline.weights.backbones import ModelConfig
 from tests.pipeline import tiny_models
 from tests.pipeline.clips import MEDIA, cut_with_sound, packets
 

@@ -13,10 +13,10 @@ import torch
 
 from benchmarks import restore as benchmark
 from pipeline import restore
-from pipeline.backbones import ModelConfig
 from pipeline.restore import Encoding, RestoreActor, RestoreConfig, Sampling
 from pipeline.store import storage
 from pipeline.video import decoding, muxing
+from pipeline.weights.backbones import ModelConfig
 from tests.pipeline import tiny_models
 from tests.pipeline.clips import cut_with_sound, packets
 from tests.pipeline.processes import kill_tree

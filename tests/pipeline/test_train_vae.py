@@ -18,12 +18,13 @@ from torch import Tensor
 from model.discriminator import DiscriminatorConfig, VideoDiscriminator
 from model.lpips import Lpips
 from model.vae.autoencoder import CausalVideoAutoencoder
-from pipeline import train_vae, training, vae_objective, weights
+from pipeline import train_vae, training, vae_objective
 from pipeline.runtime.job_config import parse
 from pipeline.sampling import Bucket
 from pipeline.store import schema, storage
 from pipeline.vae_objective import AdversarialConfig
 from pipeline.video import pixel_range
+from pipeline.weights import weights_folder
 from tests.pipeline.data_root import make_data_root
 from tests.pipeline.processes import kill_tree
 from tests.pipeline.tiny_models import VAE, save_vae
@@ -303,9 +304,9 @@ def test_the_autoencoder_trains_on_videos_and_images_and_its_loss_falls(data, tm
     assert first["after"] < 0.95 * first["before"]
     assert first["psnr_after"] > first["psnr_before"]
     assert second["stage"] == "9x32x32"
-    vae = weights.load_vae(f"file://{tmp_path}/weights/vae")
+    vae = weights_folder.load_vae(f"file://{tmp_path}/weights/vae")
     # The latents that the transformer will see have about unit spread, whatever the training gave.
-    scale = weights.describe(f"file://{tmp_path}/weights/vae")["config"]["latent_scale"]
+    scale = weights_folder.describe(f"file://{tmp_path}/weights/vae")["config"]["latent_scale"]
     spread = log["steps"][-1]["latent_std"]
     assert scale == pytest.approx(1 / spread, rel=0.3)
     assert vae.config.latent_scale == scale
@@ -349,7 +350,7 @@ def test_a_new_run_starts_from_the_weights_of_another_or_of_an_image_autoencoder
     own = save_vae(tmp_path / "vae")
     other_scale = dataclasses.replace(VAE, latent_scale=2.0)  # measured by the run before
     vae = train_vae.initial_autoencoder(vae_config(data, tmp_path, initial_weights=own, model=other_scale))
-    expected = weights.load_vae(own).state_dict()
+    expected = weights_folder.load_vae(own).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in vae.state_dict().items())
     assert all(parameter.requires_grad for parameter in vae.parameters())
     # The image model's kernels are the newest frame's taps.

@@ -27,10 +27,10 @@ from pipeline import (
     sample_stream,
     train_dit,
     training,
-    weights,
 )
 from pipeline.sampling import Bucket
 from pipeline.store import storage
+from pipeline.weights import weights_folder
 from tests.model.test_swin_mmdit import sd3_transformer
 from tests.pipeline.data_root import make_data_root
 from tests.pipeline.processes import kill_tree
@@ -164,7 +164,7 @@ def test_two_workers_give_the_losses_of_plain_torch_with_every_zero_stage(data, 
     assert [row["stage"] for row in held_out] == ["images", "mixed"]
     assert all(row["triples"] == 8 and row["after"] != row["before"] for row in held_out)
     # What restore loads: the moving average, with the empty prompt beside it.
-    model, prompts = weights.load_dit(f"file://{tmp_path}/weights/dit")
+    model, prompts = weights_folder.load_dit(f"file://{tmp_path}/weights/dit")
     assert prompts.null.shape[1] == MODEL.text_dim and prompts.pooled is not None
     assert any(parameter.abs().max() > 0 for parameter in model.parameters())
     assert list((tmp_path / "tensorboard" / "dit").glob("events.out.tfevents.*"))

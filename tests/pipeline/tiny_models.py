@@ -6,7 +6,7 @@ import torch
 
 from model.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
 from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
-from pipeline import weights
+from pipeline.weights import weights_folder
 
 VAE = AutoencoderConfig(
     widths=(8, 8, 16, 16),
@@ -39,7 +39,7 @@ def save_vae(folder: Path | str) -> str:
     torch.manual_seed(0)
     vae = CausalVideoAutoencoder(VAE)
     url = folder if isinstance(folder, str) else f"file://{folder}"
-    weights.save_weights(url, weights.VAE, VAE, vae.state_dict())
+    weights_folder.save_weights(url, weights_folder.VAE, VAE, vae.state_dict())
     return url
 
 
@@ -49,6 +49,6 @@ def save_dit(folder: Path) -> str:
     dit = SwinMMDiT(DIT)
     state = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in dit.state_dict().items()}
     url = f"file://{folder}"
-    null = weights.Prompts(torch.randn(7, DIT.text_dim), torch.randn(DIT.pooled_dim))
-    weights.save_weights(url, weights.SWIN_MMDIT, DIT, state, null)
+    null = weights_folder.Prompts(torch.randn(7, DIT.text_dim), torch.randn(DIT.pooled_dim))
+    weights_folder.save_weights(url, weights_folder.SWIN_MMDIT, DIT, state, null)
     return url

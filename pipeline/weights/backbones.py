@@ -16,8 +16,8 @@ from model import checkpoints, flow
 from model.nadit import SEEDVR_3B, SEEDVR_7B, NaDiTConfig
 from model.swin_mmdit import SwinMMDiTConfig
 from model.vae.autoencoder import AutoencoderConfig
-from pipeline import weights
 from pipeline.store import storage
+from pipeline.weights import weights_folder
 
 Kind = Literal["own", "seedvr-3b", "seedvr-7b", "seedvr2-3b", "seedvr2-7b"]
 RELEASED_AREA = (720, 1280)
@@ -110,16 +110,16 @@ class ModelConfig:
     def hashes(self) -> dict[str, str | None]:
         """The sha256 of everything that this loads."""
         urls = {"vae": self.vae, "dit": self.weights, "positive": self.positive, "negative": self.negative}
-        return {f"{name}_sha256": url and weights.weights_hash(url) for name, url in urls.items()}
+        return {f"{name}_sha256": url and weights_folder.weights_hash(url) for name, url in urls.items()}
 
 
 def _check_weights(url: str, kind: Kind, key: str) -> None:
     storage.check_url(url, f"{key}.weights")
-    if kind == "own" and weights.is_released_file(url):
+    if kind == "own" and weights_folder.is_released_file(url):
         raise ValueError(
             f"{key}.kind: {url} is a single file; say which released model it holds, or give a folder of ours"
         )
-    if kind != "own" and not weights.is_released_file(url):
+    if kind != "own" and not weights_folder.is_released_file(url):
         raise ValueError(f"{key}.weights: {kind} is a file (.pth or .safetensors), not the folder {url}")
 
 
@@ -146,7 +146,7 @@ class Backbone:
 def shape_of(config: BackboneConfig) -> SwinMMDiTConfig | NaDiTConfig:
     """The network's shape, without its weights."""
     if config.kind == "own":
-        shape = weights.shape_from_json(weights.describe(config.weights))
+        shape = weights_folder.shape_from_json(weights_folder.describe(config.weights))
         if isinstance(shape, AutoencoderConfig):
             raise ValueError(f"initial.weights: {config.weights} holds an autoencoder")
         return shape
@@ -160,10 +160,10 @@ def shape_of(config: BackboneConfig) -> SwinMMDiTConfig | NaDiTConfig:
 
 def load_transformer(
     config: BackboneConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> tuple[weights.Transformer, weights.Prompts | None]:
+) -> tuple[weights_folder.Transformer, weights_folder.Prompts | None]:
     """The network in `dtype` on `device`, and the prompts that it carries (a released file has none)."""
     if config.kind == "own":
-        model, prompts = weights.load_dit(config.weights)
+        model, prompts = weights_folder.load_dit(config.weights)
         return model.to(device, dtype), prompts
     with tempfile.TemporaryDirectory() as folder, storage.local_copy(config.weights, folder) as path:
         shape = RELEASED[config.kind].config

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from model import checkpoints
 from model.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT
 from pipeline import (
-    backbones,
     batches,
     convert,
     precompute,
@@ -27,19 +26,19 @@ from pipeline import (
     text_stage,
     train_dit,
     training,
-    weights,
 )
-from pipeline.backbones import ModelConfig
 from pipeline.latent_stream import Chunk, frame_noise
 from pipeline.restore import RestoreConfig, Restorer, Sampling
 from pipeline.runtime.job_config import parse
 from pipeline.sampling import Bucket
 from pipeline.store import schema, storage
 from pipeline.video import decoding, encoding
+from pipeline.weights import backbones, weights_folder
+from pipeline.weights.backbones import ModelConfig
 from tests.pipeline import released_models
 from tests.pipeline.data_root import make_data_root
 
-MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
+MEDIA = Path(__file__).resolve().parents[3] / "demo" / "media"
 ROOT = MEDIA.parents[1]
 
 
@@ -306,7 +305,7 @@ def test_two_steps_change_the_weights_and_convert_back_bit_equal(kind, data, mod
     model = model_of(kind)
     train_dit.run(tuning(data, model, tmp_path))
     before, _ = backbones.load_transformer(backbones.BackboneConfig(model.weights, kind), torch.float32)
-    tuned, prompts = weights.load_dit(f"file://{tmp_path}/weights/dit")
+    tuned, prompts = weights_folder.load_dit(f"file://{tmp_path}/weights/dit")
     changed = [name for name, p in tuned.named_parameters() if not torch.equal(p, before.get_parameter(name))]
     assert len(changed) > 0.9 * len(list(tuned.parameters()))
     assert prompts.positive is not None and (len(prompts.positive), len(prompts.null)) == (6, 7)
@@ -321,7 +320,7 @@ def test_two_steps_change_the_weights_and_convert_back_bit_equal(kind, data, mod
         )
         assert_equal(pth, safe)
         run_convert(source=checkpoint, output=tmp_path / which, which=which, data=data)
-        folder, found = weights.load_dit(f"file://{tmp_path}/{which}")
+        folder, found = weights_folder.load_dit(f"file://{tmp_path}/{which}")
         assert_equal(pth, folder)
         assert found.positive is not None and torch.equal(found.positive, prompts.positive)
         if which == "average":
@@ -375,8 +374,10 @@ def test_file_to_folder_to_file_keeps_every_bit(model_of, tmp_path):
     assert given.keys() == again.keys()
     assert all(torch.equal(t, again[n]) and t.dtype == again[n].dtype for n, t in given.items())
     card = (tmp_path / "folder" / convert.CARD).read_text()
-    assert "Apache-2.0" in card and "seedvr2-7b" in card and weights.weights_hash(model.weights) in card
-    _, prompts = weights.load_dit(f"file://{tmp_path}/folder")
+    assert (
+        "Apache-2.0" in card and "seedvr2-7b" in card and weights_folder.weights_hash(model.weights) in card
+    )
+    _, prompts = weights_folder.load_dit(f"file://{tmp_path}/folder")
     assert prompts.positive is not None and len(prompts.positive) == 6
 
 
@@ -392,7 +393,7 @@ def test_the_autoencoder_and_another_precision(model_of, tmp_path, ending):
     assert (tmp_path / f"vae16.{ending}").stat().st_size < 1.2 * size + 2e5
     if ending == "safetensors":
         convert.run(convert.ConvertConfig(output, f"file://{tmp_path}/vae", kind="vae"))
-        vae = weights.load_vae(f"file://{tmp_path}/vae")
+        vae = weights_folder.load_vae(f"file://{tmp_path}/vae")
         assert torch.equal(vae.encoder.conv_in.weight, given["encoder.conv_in.weight"].half().float())
 
 
