@@ -32,8 +32,9 @@ from model.vae.autoencoder import FULL_CONFIG, CausalVideoAutoencoder
 from pipeline import filter as filter_stage
 from pipeline import ingest, precompute, sampling
 from pipeline.filter import FilterConfig
+from pipeline.metrics import niqe
 from pipeline.runtime import stage, work_plan
-from pipeline.scores import niqe, technical
+from pipeline.scores import technical
 from pipeline.store import schema, storage
 from pipeline.video import decoding
 

@@ -31,8 +31,8 @@ from pipeline import (
     peers,
     restore,
 )
+from pipeline.metrics.psnr_ssim import psnr
 from pipeline.runtime.job_config import parse
-from pipeline.scores.full_reference import psnr
 from pipeline.video import decoding
 from pipeline.weights import weights_folder
 

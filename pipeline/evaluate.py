@@ -2,7 +2,7 @@
 
 PSNR, SSIM, LPIPS and DISTS against the truth; NIQE, MUSIQ, CLIP-IQA, DOVER and the warping error without it:
 per clip and as mean with standard error, for any number of methods, each a folder of files named as the
-truth's. Those that are networks (`pipeline.scores.perceptual`) need their weights; without, they are left
+truth's. Those that are networks (`pipeline.metrics.metric_networks`) need their weights; without, they are left
 out. The autoencoder's own reconstruction of the truth can be one more method: the ceiling of every
 restoration that goes through it. Everything that changes a number stands in `evaluation.json` beside it.
 """
@@ -24,13 +24,14 @@ from torch import Tensor
 
 from model import preprocess
 from pipeline import benchmark_sets, evaluate_tables, peers
+from pipeline.metrics import niqe
+from pipeline.metrics.metric_networks import LearnedMetrics, Networks
+from pipeline.metrics.psnr_ssim import full_reference_scores
+from pipeline.metrics.warping import warping_error
 from pipeline.restore import IMAGE_ENDINGS, MANIFEST, VIDEO_ENDINGS, natural_order
 from pipeline.restorer import reconstruct
 from pipeline.runtime import stage
-from pipeline.scores import niqe, published
-from pipeline.scores.full_reference import full_reference_scores
-from pipeline.scores.perceptual import LearnedMetrics, Networks
-from pipeline.scores.warping import warping_error
+from pipeline.scores import published
 from pipeline.store import storage
 from pipeline.video import decoding
 from pipeline.video.sandbox import Sandbox

@@ -26,10 +26,10 @@ from model.vae import CausalVideoAutoencoder
 from pipeline import evaluate_tables
 from pipeline.diffusers_vae import CONFIG_FILE, DiffusersAutoencoder
 from pipeline.evaluate import bicubic, media_files, summarise
+from pipeline.metrics import frechet
+from pipeline.metrics.psnr_ssim import full_reference_scores
 from pipeline.restorer import reconstruct
 from pipeline.runtime import stage
-from pipeline.scores import frechet
-from pipeline.scores.full_reference import full_reference_scores
 from pipeline.store import storage
 from pipeline.vae_objective import check_perceptual, load_perceptual
 from pipeline.video import decoding

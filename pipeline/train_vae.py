@@ -23,8 +23,8 @@ from model.vae.wavelet_start import check_wavelet_start, start_as_wavelets
 from pipeline import sampling, train_log, training, vae_objective
 from pipeline.checkpoint import Checkpoints
 from pipeline.faults import Orders, StoppedError, outcome
+from pipeline.metrics.psnr_ssim import psnr
 from pipeline.runtime import stage
-from pipeline.scores.full_reference import psnr
 from pipeline.store import schema, source_cache, storage
 from pipeline.train_state import MovingAverage
 from pipeline.vae_objective import AdversarialConfig, Group, Objective

@@ -18,8 +18,8 @@ from model import flow
 from pipeline import training
 from pipeline.batches import Batch, Reader
 from pipeline.latent_stream import frame_noise
-from pipeline.scores.full_reference import full_reference_scores
-from pipeline.scores.niqe import niqe
+from pipeline.metrics.niqe import niqe
+from pipeline.metrics.psnr_ssim import full_reference_scores
 from pipeline.store import schema, storage
 from pipeline.video import encoding, pixel_range
 from pipeline.weights import weights_folder

@@ -20,11 +20,11 @@ from pipeline import (
     train_dit,
     training,
 )
+from pipeline.metrics.metric_networks import LearnedMetrics
 from pipeline.restore_file import Encoding
 from pipeline.restorer import Sampling
 from pipeline.runtime import stage
 from pipeline.scores import published
-from pipeline.scores.perceptual import LearnedMetrics
 from pipeline.store import storage
 from pipeline.weights.backbones import ModelConfig
 

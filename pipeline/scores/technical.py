@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from pipeline.scores import niqe
+from pipeline.metrics import niqe
 from pipeline.video import colour, decoding
 
 VERSION = 2

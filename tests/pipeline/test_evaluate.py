@@ -13,8 +13,8 @@ from model.checkpoints import load_clip
 from model.quality.clip_iqa import ClipIQA
 from pipeline import evaluate, evaluate_tables
 from pipeline.evaluate import CEILING, METRICS, EvaluateConfig
-from pipeline.scores import full_reference
-from pipeline.scores.perceptual import LearnedMetrics
+from pipeline.metrics import psnr_ssim
+from pipeline.metrics.metric_networks import LearnedMetrics
 from pipeline.store import storage
 from pipeline.video import decoding, encoding
 from tests.pipeline import tiny_models
@@ -81,7 +81,7 @@ def test_a_known_error_has_its_known_psnr(result, truth):
     assert row["psnr_rgb"] == pytest.approx(20 * np.log10(255 / 5))
     assert row["frames"] == 5 and (row["height"], row["width"]) == (100, 200)
     frame = np.where(truth[0] < 128, truth[0] + 5, truth[0] - 5).astype(np.uint8)
-    expected = full_reference.full_reference_scores(frame, truth[0])
+    expected = psnr_ssim.full_reference_scores(frame, truth[0])
     assert row["ssim_y"] == pytest.approx(expected["ssim_y"], abs=0.01)
     assert row["niqe"] is not None and row["error"] is None
 

@@ -16,7 +16,7 @@ from model.vae import CausalVideoAutoencoder
 from pipeline import evaluate_vae
 from pipeline.diffusers_vae import DiffusersAutoencoder
 from pipeline.evaluate_vae import EvaluateVaeConfig
-from pipeline.scores import frechet, full_reference
+from pipeline.metrics import frechet, psnr_ssim
 from pipeline.store import storage
 from pipeline.video import decoding
 from tests.pipeline import tiny_models
@@ -126,7 +126,7 @@ def test_the_numbers_are_those_of_the_reconstruction(result, root, clips):
             row for row in result["clips"] if row["clip"] == Path(name).stem and row["method"] == "cogvideox"
         ]
         assert made[name].shape == (13, 58, 70, 3)
-        scores = [full_reference.full_reference_scores(a, b) for a, b in zip(made[name], frames, strict=True)]
+        scores = [psnr_ssim.full_reference_scores(a, b) for a, b in zip(made[name], frames, strict=True)]
         assert row["psnr_rgb"] == pytest.approx(np.mean([s["psnr_rgb"] for s in scores]))
     features = frechet.VideoFeatures(root / "i3d.pt")
     true, reconstructed = (

@@ -1,8 +1,8 @@
 """Records basicsr 1.4.2's NIQE of 20 frames, for a test that then needs no basicsr.
 
 Runs in the reference environment: `python tests/reference/record_niqe.py FRAMES.npz OUT.json`, where
-FRAMES.npz holds uint8 RGB frames frame_00, frame_01, ... as `tests/pipeline/scores/test_niqe.py` makes them
-(`python tests/pipeline/scores/test_niqe.py FRAMES.npz`).
+FRAMES.npz holds uint8 RGB frames frame_00, frame_01, ... as `tests/pipeline/metrics/test_niqe.py` makes them
+(`python tests/pipeline/metrics/test_niqe.py FRAMES.npz`).
 """
 
 import json

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from pipeline.scores.niqe import niqe
+from pipeline.metrics.niqe import niqe
 from pipeline.video import decoding
 
 ROOT = Path(__file__).parents[3]

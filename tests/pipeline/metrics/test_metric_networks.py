@@ -7,8 +7,8 @@ import torch
 from model.dists import Dists
 from model.lpips import Lpips
 from model.quality import dover
-from pipeline.scores import perceptual
-from pipeline.scores.perceptual import LearnedMetrics, Networks
+from pipeline.metrics import metric_networks
+from pipeline.metrics.metric_networks import LearnedMetrics, Networks
 
 
 def test_without_weights_a_column_is_left_out_and_said():
@@ -50,7 +50,7 @@ def test_batches_give_the_mean_over_all_frames(monkeypatch):
     networks = tiny_networks()
 
     def measured(batch: int) -> dict[str, float | None]:
-        monkeypatch.setattr(perceptual, "BATCH_FRAMES", batch)
+        monkeypatch.setattr(metric_networks, "BATCH_FRAMES", batch)
         clip = networks.clip(len(frames))
         for frame, truth in zip(frames, truths, strict=True):
             clip.push(frame, truth)

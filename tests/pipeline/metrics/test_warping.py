@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from pipeline.scores.warping import moved, warping_error
+from pipeline.metrics.warping import moved, warping_error
 from pipeline.video import decoding
 
 ROOT = Path(__file__).resolve().parents[3]

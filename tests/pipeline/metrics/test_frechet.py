@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from pipeline.scores import frechet
+from pipeline.metrics import frechet
 
 
 def features_of(mean: np.ndarray, covariance: np.ndarray, count: int, seed: int) -> np.ndarray:
