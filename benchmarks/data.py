@@ -29,12 +29,12 @@ import torch
 
 from model.text import TINY_ENCODERS
 from model.vae.autoencoder import FULL_CONFIG, CausalVideoAutoencoder
-from pipeline import filter as filter_stage
-from pipeline import ingest, precompute, sampling
-from pipeline.filter import FilterConfig
+from pipeline.data import cropping, ingest, precompute
+from pipeline.data import filter as filter_stage
+from pipeline.data.filter import FilterConfig
+from pipeline.data.scorers import technical
 from pipeline.metrics import niqe
 from pipeline.runtime import stage, work_plan
-from pipeline.scores import technical
 from pipeline.store import schema, storage
 from pipeline.video import decoding
 
@@ -42,10 +42,10 @@ OUT = Path("out/bench")
 MEDIA = Path("demo/media").resolve()
 BASICSR_NIQE_S = 0.86
 BUCKETS = [
-    sampling.Bucket(1, 256, 256),
-    sampling.Bucket(5, 256, 256),
-    sampling.Bucket(9, 512, 512),
-    sampling.Bucket(21, 256, 256),
+    cropping.Bucket(1, 256, 256),
+    cropping.Bucket(5, 256, 256),
+    cropping.Bucket(9, 512, 512),
+    cropping.Bucket(21, 256, 256),
 ]
 KEYS = (
     "filter_vs_decode",
@@ -128,7 +128,7 @@ def cpu_path(clips: list[dict[str, Any]], samples: int, encoder_mpx_per_s: float
             {**sample, "clip": clip}
             for variant in range(samples)
             for clip in clips
-            for sample in sampling.plan_samples(clip, [bucket], None, 1, seed=variant)
+            for sample in cropping.plan_samples(clip, [bucket], None, 1, seed=variant)
         ][:samples]
         if not planned:
             continue
@@ -145,12 +145,12 @@ def cpu_path(clips: list[dict[str, Any]], samples: int, encoder_mpx_per_s: float
 
 def vae_share(clips: list[dict[str, Any]], samples: int) -> dict[str, float]:
     config = precompute.PrecomputeConfig(data="/none", vae="/none", text=TINY_ENCODERS, buckets=BUCKETS)
-    videos = [clip for clip in clips if sampling.fits(clip, BUCKETS[1])]
+    videos = [clip for clip in clips if cropping.fits(clip, BUCKETS[1])]
     torch.manual_seed(0)
     vae = CausalVideoAutoencoder(FULL_CONFIG).eval()
     seconds = {"prepare": 0.0, "encode": 0.0}
     for clip in videos[:samples]:
-        (planned,) = sampling.plan_samples(clip, BUCKETS[1:2], None, 1, seed=0)
+        (planned,) = cropping.plan_samples(clip, BUCKETS[1:2], None, 1, seed=0)
         pixels = precompute.prepare_sample({**planned, "clip": clip}, config)
         seconds["prepare"] += pixels["seconds"]
         seconds["encode"] += timed(

@@ -25,9 +25,9 @@ import pyarrow as pa
 
 from benchmarks.memory import status_bytes
 from model.text import TINY_ENCODERS
-from pipeline import filter as filter_stage
-from pipeline import ingest, precompute, sampling, text_stage
-from pipeline.filter import FilterConfig, Threshold
+from pipeline.data import cropping, ingest, precompute, text_embeddings
+from pipeline.data import filter as filter_stage
+from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.runtime import stage, work_plan
 from pipeline.store import schema, storage
 
@@ -38,7 +38,7 @@ CLIPS_A_SOURCE = 50
 _FILE_ROWS = 4096
 _FINGERPRINT = "scale"
 THRESHOLDS = {"sharpness": Threshold(min=5.0), "niqe": Threshold(max=9.5), "motion": Threshold(max=0.99)}
-BUCKETS = [sampling.Bucket(1, 256, 256), sampling.Bucket(5, 256, 256), sampling.Bucket(21, 768, 768)]
+BUCKETS = [cropping.Bucket(1, 256, 256), cropping.Bucket(5, 256, 256), cropping.Bucket(21, 768, 768)]
 
 
 def clips_and_scores(first: int, count: int) -> tuple[pa.Table, pa.Table]:
@@ -115,7 +115,7 @@ def work(phase: str, root: Path) -> int:
     config = precompute.PrecomputeConfig(
         data=str(root), vae=f"{root}/vae", text=TINY_ENCODERS, buckets=BUCKETS
     )
-    rows = precompute.plan_rows(config, text_stage.KeptClips(config.data))
+    rows = precompute.plan_rows(config, text_embeddings.KeptClips(config.data))
     return work_plan.plan(f"file://{root}/planning", rows, "sample_id", _FINGERPRINT, 64).rows
 
 

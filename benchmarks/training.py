@@ -39,14 +39,9 @@ from benchmarks.data import demo_clips, timed
 from model import flow, operations, text
 from model.swin_mmdit import SD3_MEDIUM, TINY, SwinMMDiT, SwinMMDiTConfig
 from model.text import TINY_ENCODERS, TextEncoders
-from pipeline import (
-    batches,
-    precompute,
-    sampling,
-    train_dit,
-    training,
-)
-from pipeline.sampling import Bucket
+from pipeline import batches, train_dit, training
+from pipeline.data import cropping, precompute
+from pipeline.data.cropping import Bucket
 from pipeline.store import bf16_columns, storage
 from pipeline.weights import weights_folder
 
@@ -91,7 +86,7 @@ class Sources:
         planned = [
             {**sample, "clip": clip}
             for clip in demo_clips()
-            for sample in sampling.plan_samples(clip, [BUCKET], None, 1, seed=0)
+            for sample in cropping.plan_samples(clip, [BUCKET], None, 1, seed=0)
         ]
         self.planned = [planned[i % len(planned)] for i in range(samples)]
         precompute.prepare_sample(self.planned[0], self.config)  # starts the decoding process

@@ -32,9 +32,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from model import text
 from model.swin_mmdit import TINY
-from pipeline import batches, sample_stream, text_stage, training
+from pipeline import batches, sample_stream, training
+from pipeline.data import text_embeddings
+from pipeline.data.cropping import Bucket
 from pipeline.runtime import work_plan
-from pipeline.sampling import Bucket
 from pipeline.store import bf16_columns, schema, storage
 
 Sample = dict[str, Any]
@@ -106,10 +107,10 @@ def write_tables(
     name = f"part-{first:06d}.parquet"
     rows = [schema.empty_row(schema.LATENTS_SCHEMA, sample_id=k, clip_id=k, **v) for k, v in latents.items()]
     text_rows = [
-        schema.empty_row(schema.TEXT_SCHEMA, clip_id=key, **text_stage.text_columns(value))
+        schema.empty_row(schema.TEXT_SCHEMA, clip_id=key, **text_embeddings.text_columns(value))
         for key, value in texts.items()
     ]
-    metadata = {"text": "encoders", "openseedvr.null_text": text_stage.null_metadata(null)}
+    metadata = {"text": "encoders", "openseedvr.null_text": text_embeddings.null_metadata(null)}
     text_schema = schema.with_fingerprint(schema.TEXT_SCHEMA, "benchmark", **metadata)
     for table, made, kind in (("latents", rows, schema.LATENTS_SCHEMA), ("text", text_rows, text_schema)):
         storage.write_table(f"{url}/{table}/{name}", work_plan.row_groups(made, kind), kind)

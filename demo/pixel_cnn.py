@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import preprocess
-from pipeline import precompute, text_stage, training
+from pipeline import training
+from pipeline.data import precompute, text_embeddings
 from pipeline.runtime.job_config import parse
 from pipeline.store import schema, storage
 from pipeline.video import decoding, encoding
@@ -118,7 +119,7 @@ def training_pairs(data: str, count: int, workers: int) -> list[tuple[np.ndarray
     """(HQ, LQ), each uint8 (T, H, W, 3), of so many planned training samples of video, drawn at random."""
     arguments = ["--config", str(CONFIG), f"--data={data}", f"--vae={data}"]
     config = parse(precompute.PrecomputeConfig, "", arguments)
-    kept = text_stage.KeptClips(config.data)
+    kept = text_embeddings.KeptClips(config.data)
     kept.read_text_tokens(storage.join(config.data, schema.TEXT))
     rows = [
         row

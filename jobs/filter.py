@@ -3,7 +3,7 @@
 ray job submit --working-dir . -- python -m jobs.filter --config configs/demo/filter.yaml --data file:///data/run
 """
 
-from pipeline import filter as filter_stage
+from pipeline.data import filter as filter_stage
 from pipeline.runtime.job_config import run_job
 
 

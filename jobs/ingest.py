@@ -6,7 +6,7 @@
 Running it again takes up where it was killed, and adds only the files that are new.
 """
 
-from pipeline import ingest
+from pipeline.data import ingest
 from pipeline.runtime.job_config import run_job
 
 

@@ -4,7 +4,7 @@ ray job submit --working-dir . -- python -m jobs.precompute --config configs/dem
     --data file:///data/run --vae file:///data/run/weights/vae
 """
 
-from pipeline import precompute
+from pipeline.data import precompute
 from pipeline.runtime.job_config import run_job
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model import flow, text
-from pipeline import text_stage
+from pipeline.data import text_embeddings
 from pipeline.sample_stream import Drawn, SampleStream, pack_step
 from pipeline.store import bf16_columns, schema, storage
 from pipeline.store.id_index import Lookup, id_array
@@ -61,7 +61,7 @@ class Batch:
 class Reader(Protocol):
     """Where samples come from: from tables, or made as they are asked for."""
 
-    texts: text_stage.ClipTexts | text_stage.FixedTexts
+    texts: text_embeddings.ClipTexts | text_embeddings.FixedTexts
     """the prompts that a model trained on them is used with"""
 
     def latents(self, row: dict[str, Any], epoch: int) -> tuple[Tensor, Tensor]:
@@ -79,11 +79,13 @@ class LatentReader:
     def __init__(self, data_url: str) -> None:
         self.latents_url = storage.join(data_url, schema.LATENTS)
         self.text_url = storage.join(data_url, schema.TEXT)
-        self.texts = text_stage.read_texts(data_url)
+        self.texts = text_embeddings.read_texts(data_url)
         self._kept: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
         self._kept_bytes = 0
         self._lock = threading.Lock()  # the thread that reads ahead is not alone
-        self._texts = None if isinstance(self.texts, text_stage.FixedTexts) else TextPlaces(self.text_url)
+        self._texts = (
+            None if isinstance(self.texts, text_embeddings.FixedTexts) else TextPlaces(self.text_url)
+        )
 
     def _stored(self, url: str, row_group: int, row: int) -> dict[str, Any]:
         """One row of a file."""
@@ -109,13 +111,13 @@ class LatentReader:
 
         A fixed prompt has no parts: the negative one takes its place where all three are dropped.
         """
-        if isinstance(self.texts, text_stage.FixedTexts):
+        if isinstance(self.texts, text_embeddings.FixedTexts):
             return self.texts.prompt(dropped=all(drops))
         return text.join(self.text(clip_id), self.texts.null, *drops)
 
     def text(self, clip_id: str) -> text.TextEmbedding:
         assert self._texts is not None  # a fixed prompt is none of a clip's own
-        return text_stage.embedding_of(self._stored(*self._texts[clip_id]))
+        return text_embeddings.embedding_of(self._stored(*self._texts[clip_id]))
 
 
 class TextPlaces:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from model import checkpoints
 from model.vae import FULL_CONFIG, AutoencoderConfig, CausalVideoAutoencoder
-from pipeline import checkpoint, text_stage
+from pipeline import checkpoint
+from pipeline.data import text_embeddings
 from pipeline.store import storage
 from pipeline.weights import backbones, weights_folder
 
@@ -117,7 +118,7 @@ def read_checkpoint(config: ConvertConfig) -> Loaded:
     network = state.get("network")
     if network is None:
         raise ValueError(f"source: {config.source} is no checkpoint of train_dit")
-    prompts = None if config.data is None else text_stage.read_texts(config.data).prompts()
+    prompts = None if config.data is None else text_embeddings.read_texts(config.data).prompts()
     facts = {"training": {"step": state["step"], "initial": state["initial"], "weights": config.which}}
     return Loaded(network["kind"], weights_folder.shape_from_json(network), tensors, prompts, facts)
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig
-from pipeline import batches, precompute, sampling, text_stage
+from pipeline import batches
+from pipeline.data import cropping, precompute, text_embeddings
 from pipeline.store import bf16_columns, schema, storage
 from pipeline.weights import weights_folder
 
@@ -25,13 +26,13 @@ class OnlineConfig:
 
     vae: str
     """URL of a folder of trained autoencoder weights, or of the released autoencoder's file"""
-    buckets: list[sampling.Bucket]
+    buckets: list[cropping.Bucket]
     """sizes that samples are cropped to"""
-    text: text_stage.TextConfig | None = None
+    text: text_embeddings.TextConfig | None = None
     """the text encoders that embed the captions, before training; exactly one of text and fixed_text"""
-    fixed_text: text_stage.FixedTextConfig | None = None
+    fixed_text: text_embeddings.FixedTextConfig | None = None
     """one prompt for all clips, to fine-tune a released backbone"""
-    native: sampling.Native | None = None
+    native: cropping.Native | None = None
     """also samples of each clip's own size (null: none)"""
     video_recipe: RecipeConfig = REALBASICVSR
     """degradations of videos"""
@@ -50,16 +51,16 @@ class OnlineConfig:
 def write_texts(config: OnlineConfig, data_url: str, seed: int) -> None:
     """Fill text/ of the kept clips where it is missing. Needs Ray; the driver calls it before training."""
     weights_folder.weights_hash(config.vae)  # says what is wrong with it
-    precompute.write_texts(config.precompute(data_url, seed), text_stage.KeptClips(data_url))
+    precompute.write_texts(config.precompute(data_url, seed), text_embeddings.KeptClips(data_url))
 
 
 def planned_samples(config: OnlineConfig, data_url: str, seed: int) -> dict[str, dict[str, Any]]:
     """Precompute's planned rows by sample id; text/ must be there."""
-    kept = text_stage.KeptClips(data_url)
+    kept = text_embeddings.KeptClips(data_url)
     if config.text is not None:
         kept.read_text_tokens(storage.join(data_url, schema.TEXT))
     else:
-        kept.same_text(len(text_stage.read_texts(data_url).positive))  # type: ignore[union-attr]
+        kept.same_text(len(text_embeddings.read_texts(data_url).positive))  # type: ignore[union-attr]
     rows = precompute.plan_rows(config.precompute(data_url, seed), kept)
     return {row["sample_id"]: row for row in rows}
 
@@ -112,8 +113,8 @@ class OnlineReader:
         planned = self.planned[sample_id]
         if epoch:
             seed = schema.stable_hash(self._seed, "online", epoch, sample_id)
-            size = sampling.Bucket(planned["num_frames"], planned["height"], planned["width"])
-            planned = {**planned, "seed": seed, "crop": sampling.random_crop(planned["clip"], size, seed)}
+            size = cropping.Bucket(planned["num_frames"], planned["height"], planned["width"])
+            planned = {**planned, "seed": seed, "crop": cropping.random_crop(planned["clip"], size, seed)}
         pixels = precompute.prepare_sample(planned, self._config)
         if "error" in pixels:
             raise ValueError(f"online: {pixels['error']}; have the filter reject this clip")

@@ -20,7 +20,7 @@ import numpy as np
 import ray
 
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, draw, to_json
-from pipeline.listing import IMAGE_ENDINGS, VIDEO_ENDINGS
+from pipeline.data.discovery import IMAGE_ENDINGS, VIDEO_ENDINGS
 from pipeline.runtime import stage
 from pipeline.store import schema, source_cache, storage
 from pipeline.video import decoding, encoding

@@ -24,7 +24,7 @@ import psutil
 import yaml
 
 from pipeline import filters
-from pipeline.listing import IMAGE_ENDINGS, VIDEO_ENDINGS
+from pipeline.data.discovery import IMAGE_ENDINGS, VIDEO_ENDINGS
 from pipeline.runtime.stage import proportional_memory
 from pipeline.store import storage
 from pipeline.store.schema import SUMMARY

@@ -23,7 +23,8 @@ from model.operations import (
 )
 from model.packing import patch_grids
 from model.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
-from pipeline import sample_stream, sampling, train_dit
+from pipeline import sample_stream, train_dit
+from pipeline.data import cropping
 from pipeline.store import schema, storage
 from pipeline.weights import backbones
 
@@ -53,8 +54,8 @@ class PlanConfig(train_dit.TrainDitConfig):
     """text tokens of a sample (the released prompt has 58)"""
     image_share: float = 2 / 3
     """share of images among samples where a stage has both (the paper: 10M images, 5M videos)"""
-    native_shapes: list[sampling.Bucket] = dataclasses.field(
-        default_factory=lambda: [sampling.Bucket(1, 1024, 1024), sampling.Bucket(21, 720, 1280)]
+    native_shapes: list[cropping.Bucket] = dataclasses.field(
+        default_factory=lambda: [cropping.Bucket(1, 1024, 1024), cropping.Bucket(21, 720, 1280)]
     )
     """what samples of the bucket `native` are taken to be"""
 
@@ -201,12 +202,12 @@ def kinds_of(config: PlanConfig, stage: train_dit.StageConfig) -> list[tuple[Sam
     return found
 
 
-def _bucket(name: str) -> sampling.Bucket:
+def _bucket(name: str) -> cropping.Bucket:
     try:
         frames, height, width = (int(part) for part in name.split("x"))
     except ValueError:
         raise ValueError(f"stages: bucket {name}; write it as 5x256x256, or native") from None
-    return sampling.Bucket(frames, height, width)
+    return cropping.Bucket(frames, height, width)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,11 +22,11 @@ from pipeline import (
     batches,
     online,
     sample_stream,
-    text_stage,
     train_log,
     training,
 )
 from pipeline.checkpoint import Checkpoints, from_rank_0
+from pipeline.data import text_embeddings
 from pipeline.faults import FaultConfig, Orders, StepGuard, StoppedError, outcome
 from pipeline.one_step import OneStepConfig, PixelLoss
 from pipeline.online import OnlineConfig, OnlineReader
@@ -162,7 +162,7 @@ def check_data(config: TrainDitConfig) -> None:
         raise ValueError("compile_mlps: it is for the paper's network, not for a released one")
     if config.sd3 is not None and not storage.exists(config.sd3):
         raise ValueError(f"sd3: {config.sd3}: no such file or folder")
-    width = text_stage.read_texts(config.data).prompts().null.shape[1]
+    width = text_embeddings.read_texts(config.data).prompts().null.shape[1]
     if width != model.text_dim:
         raise ValueError(
             f"data: text/ is {width} wide, the network takes {model.text_dim}; precompute with other "

@@ -20,8 +20,9 @@ from model import checkpoints
 from model.discriminator import VideoDiscriminator
 from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
 from model.vae.wavelet_start import check_wavelet_start, start_as_wavelets
-from pipeline import sampling, train_log, training, vae_objective
+from pipeline import train_log, training, vae_objective
 from pipeline.checkpoint import Checkpoints
+from pipeline.data import cropping
 from pipeline.faults import Orders, StoppedError, outcome
 from pipeline.metrics.psnr_ssim import psnr
 from pipeline.runtime import stage
@@ -41,7 +42,7 @@ EQUAL_PSNR_DB = 100.0
 class VaeStageConfig:
     """One stage of growing length."""
 
-    crop: sampling.Bucket
+    crop: cropping.Bucket
     """frames and size of a video crop; images give 1-frame crops of the same size"""
     steps: int
     """optimiser steps"""
@@ -138,10 +139,10 @@ def kept_clips(data_url: str, split: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["clip_id"] in kept]
 
 
-def fitting(clips: list[dict[str, Any]], crop: sampling.Bucket, where: str) -> list[dict[str, Any]]:
+def fitting(clips: list[dict[str, Any]], crop: cropping.Bucket, where: str) -> list[dict[str, Any]]:
     """The clips that are large enough for a crop; images need one frame only."""
     image = dataclasses.replace(crop, frames=1)
-    found = [clip for clip in clips if sampling.fits(clip, image if clip["media"] == "image" else crop)]
+    found = [clip for clip in clips if cropping.fits(clip, image if clip["media"] == "image" else crop)]
     if not found:
         raise ValueError(f"stages: no kept {where} clip is as large as {crop.name}")
     return found
@@ -150,7 +151,7 @@ def fitting(clips: list[dict[str, Any]], crop: sampling.Bucket, where: str) -> l
 class CropReader:
     """Decodes pieces of clips and cuts crops from them, in a child process that may die."""
 
-    def __init__(self, config: TrainVaeConfig, clips: list[dict[str, Any]], crop: sampling.Bucket) -> None:
+    def __init__(self, config: TrainVaeConfig, clips: list[dict[str, Any]], crop: cropping.Bucket) -> None:
         self.config, self.crop = config, crop
         self.images = [clip for clip in clips if clip["media"] == "image"]
         self.videos = [clip for clip in clips if clip["media"] == "video"] or self.images

@@ -8,7 +8,7 @@ _ATTEMPTS = 4
 _CLUSTERS = (
     "tests/demo/test_demo.py",
     "tests/deploy/test_scaling.py",
-    "tests/pipeline/test_kills.py",
+    "tests/pipeline/data/test_kills.py",
     "tests/pipeline/test_training.py",
     "tests/pipeline/test_training_faults.py",
     "tests/pipeline/test_train_vae.py",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from model import checkpoints
-from pipeline.scores import scorers
+from pipeline.data.scorers import scorer_config
 from pipeline.store import storage
 from pipeline.vae_objective import VGG_FILE, check_perceptual, load_perceptual
 
@@ -85,11 +85,14 @@ class LearnedMetrics:
         for name in self.names:
             source = str(getattr(self, name))
             if name == "clip_iqa":
-                found[name] = {"weights": source, "sha256": scorers.clip_hash(source, "learned.clip_iqa")}
+                found[name] = {
+                    "weights": source,
+                    "sha256": scorer_config.clip_hash(source, "learned.clip_iqa"),
+                }
             elif source != "hub":
                 files = {"lpips": (VGG_FILE, "vgg.pth"), "dists": (VGG_FILE, DISTS_FILE)}.get(name, ("",))
                 urls = [storage.join(source, file) if file else source for file in files]
-                found[name] = {"weights": source, "sha256": " ".join(map(scorers.file_hash, urls))}
+                found[name] = {"weights": source, "sha256": " ".join(map(scorer_config.file_hash, urls))}
             else:
                 found[name] = {"weights": source, "sha256": "checked on download"}
         return found

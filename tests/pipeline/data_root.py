@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.filter import SELECTION_FILE
+from pipeline.data.filter import SELECTION_FILE
 from pipeline.store import schema, storage
 from pipeline.video import decoding
 

@@ -18,7 +18,7 @@ from pipeline.metrics.metric_networks import LearnedMetrics
 from pipeline.store import storage
 from pipeline.video import decoding, encoding
 from tests.pipeline import tiny_models
-from tests.pipeline.test_learned_scores import RN, tiny_clip
+from tests.pipeline.data.test_learned_scores import RN, tiny_clip
 
 MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
 

@@ -6,15 +6,10 @@ import pytest
 import torch
 
 from model.text import TINY_ENCODERS
-from pipeline import (
-    batches,
-    online,
-    precompute,
-    text_stage,
-    train_dit,
-)
+from pipeline import batches, online, train_dit
+from pipeline.data import precompute, text_embeddings
+from pipeline.data.cropping import Bucket
 from pipeline.runtime import stage
-from pipeline.sampling import Bucket
 from pipeline.store import schema, storage
 from tests.pipeline.data_root import make_data_root
 from tests.pipeline.test_training import dit_config, losses, stage_config
@@ -46,7 +41,7 @@ def roots(tmp_path_factory) -> tuple[str, str, online.OnlineConfig]:
             "_prepared",
             lambda self, planned: ((one, precompute.prepare_sample(one, self.config)) for one in planned),
         )
-        kept, folder = text_stage.KeptClips(urls[0]), storage.join(urls[0], schema.LATENTS)
+        kept, folder = text_embeddings.KeptClips(urls[0]), storage.join(urls[0], schema.LATENTS)
         precompute._make(stored, kept, folder, stage.Summary("precompute"))
         online.write_texts(config, urls[1], seed=0)
     return urls[0], urls[1], config

@@ -12,9 +12,9 @@ from model.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT
 from model.operations import Config, forward_operations
 from model.swin_mmdit import TINY, SwinMMDiT, SwinMMDiTConfig
 from pipeline import plan
+from pipeline.data.cropping import Bucket
 from pipeline.plan import PlanConfig, Sample
 from pipeline.runtime.job_config import parse
-from pipeline.sampling import Bucket
 
 ROOT = Path(__file__).resolve().parents[2]
 NARROW: dict[str, Config] = {

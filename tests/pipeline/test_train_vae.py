@@ -19,8 +19,8 @@ from model.discriminator import DiscriminatorConfig, VideoDiscriminator
 from model.lpips import Lpips
 from model.vae.autoencoder import CausalVideoAutoencoder
 from pipeline import train_vae, training, vae_objective
+from pipeline.data.cropping import Bucket
 from pipeline.runtime.job_config import parse
-from pipeline.sampling import Bucket
 from pipeline.store import schema, storage
 from pipeline.vae_objective import AdversarialConfig
 from pipeline.video import pixel_range

@@ -21,14 +21,9 @@ from safetensors.torch import save_file
 from model.checkpoints import load_sd3_transformer
 from model.swin_mmdit import TINY
 from model.text import TINY_ENCODERS
-from pipeline import (
-    batches,
-    precompute,
-    sample_stream,
-    train_dit,
-    training,
-)
-from pipeline.sampling import Bucket
+from pipeline import batches, sample_stream, train_dit, training
+from pipeline.data import precompute
+from pipeline.data.cropping import Bucket
 from pipeline.store import storage
 from pipeline.weights import weights_folder
 from tests.model.test_swin_mmdit import sd3_transformer

@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 from model.text import TINY_ENCODERS
-from pipeline import checkpoint, precompute, train_dit, training
-from pipeline.sampling import Bucket
+from pipeline import checkpoint, train_dit, training
+from pipeline.data import precompute
+from pipeline.data.cropping import Bucket
 from pipeline.store import storage
 from tests.pipeline.data_root import make_data_root
 from tests.pipeline.ray_cluster import driver_environment, new_node, one_node_cluster

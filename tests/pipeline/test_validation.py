@@ -9,8 +9,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from model.text import TINY_ENCODERS
-from pipeline import precompute, train_dit, validation
-from pipeline.sampling import Bucket
+from pipeline import train_dit, validation
+from pipeline.data import precompute
+from pipeline.data.cropping import Bucket
 from pipeline.store import schema
 from tests.pipeline.data_root import make_data_root
 from tests.pipeline.test_training import dit_config, history, stage_config

@@ -9,8 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import evaluate, evaluate_vae, ingest, pairs, precompute, restore, train_dit, train_vae
-from pipeline import filter as filter_stage
+from pipeline import (
+    evaluate,
+    evaluate_vae,
+    pairs,
+    restore,
+    train_dit,
+    train_vae,
+)
+from pipeline.data import filter as filter_stage
+from pipeline.data import ingest, precompute
 from pipeline.runtime.job_config import parse
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"

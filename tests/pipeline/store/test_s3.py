@@ -17,11 +17,11 @@ import pytest
 from s3fs import S3FileSystem
 
 from model.text import TINY_ENCODERS
-from pipeline import filter as filter_stage
-from pipeline import ingest, precompute, sampling, shots
-from pipeline.filter import FilterConfig, Threshold
+from pipeline.data import cropping, ingest, precompute, shots
+from pipeline.data import filter as filter_stage
+from pipeline.data.cropping import Bucket
+from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.runtime import work_plan
-from pipeline.sampling import Bucket
 from pipeline.store import schema, source_cache, storage
 from pipeline.video import decoding
 from tests.pipeline import object_store
@@ -161,7 +161,7 @@ def test_a_node_fetches_a_source_once_for_all_its_clips_and_spans(proxy, store, 
     assert all(row["error"] is None for row in filter_stage.score_clips(clips[:2], scoring))
     for clip in clips[2:4]:
         assert filter_stage.score_clips([clip], scoring)[0]["error"] is None
-        for planned in sampling.plan_samples(clip, precomputing.buckets, None, 1, 0):
+        for planned in cropping.plan_samples(clip, precomputing.buckets, None, 1, 0):
             assert "hq" in precompute.prepare_sample({**planned, "clip": clip}, precomputing)
     assert fetches() == 3
 
@@ -207,9 +207,9 @@ def test_a_listing_longer_than_a_page_is_complete(store, monkeypatch):
 STAGES = """
 import json, sys
 from model.text import TINY_ENCODERS
-from pipeline import filter, ingest, precompute
-from pipeline.filter import FilterConfig, Threshold
-from pipeline.sampling import Bucket
+from pipeline.data import filter, ingest, precompute
+from pipeline.data.filter import FilterConfig, Threshold
+from pipeline.data.cropping import Bucket
 raw, data, vae = sys.argv[1:]
 ingest.run(ingest.IngestConfig(input=raw, output=data, max_clip_frames=25, sources_per_shard=2))
 thresholds = {"exposure": Threshold(min=1)}

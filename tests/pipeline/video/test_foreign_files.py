@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import ingest, shots
-from pipeline.ingest import IngestConfig
+from pipeline.data import ingest, shots
+from pipeline.data.ingest import IngestConfig
 from pipeline.store import schema
 from pipeline.video.sandbox import Sandbox
 from tests.pipeline import bad_decoders
-from tests.pipeline.test_ingest import odd_files
+from tests.pipeline.data.test_ingest import odd_files
 from tests.pipeline.video.test_decoding import encode, moving_picture
 
 MUTANTS = 300

@@ -21,16 +21,15 @@ from model.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT
 from pipeline import (
     batches,
     convert,
-    precompute,
     restore,
-    text_stage,
     train_dit,
     training,
 )
+from pipeline.data import precompute, text_embeddings
+from pipeline.data.cropping import Bucket
 from pipeline.latent_stream import Chunk, frame_noise
 from pipeline.restore import RestoreConfig, Restorer, Sampling
 from pipeline.runtime.job_config import parse
-from pipeline.sampling import Bucket
 from pipeline.store import schema, storage
 from pipeline.video import decoding, encoding
 from pipeline.weights import backbones, weights_folder
@@ -200,7 +199,7 @@ def data(tmp_path_factory, model_of, local_ray) -> str:
         precompute.PrecomputeConfig(
             data=url,
             vae=model.vae,
-            fixed_text=text_stage.FixedTextConfig(str(model.positive), str(model.negative)),
+            fixed_text=text_embeddings.FixedTextConfig(str(model.positive), str(model.negative)),
             buckets=[Bucket(1, 64, 64)],
         )
     )

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline import filter as filter_stage
-from pipeline.filter import FilterConfig, Threshold
-from pipeline.scores import scorers
-from pipeline.scores.scorers import ScorersConfig
+from pipeline.data import filter as filter_stage
+from pipeline.data.filter import FilterConfig, Threshold
+from pipeline.data.scorers import scorer_config
+from pipeline.data.scorers.scorer_config import ScorersConfig
 from pipeline.store import schema, storage
 from tests.pipeline.data_root import MEDIA, make_data_root
 
@@ -49,7 +49,7 @@ def rows(data: str) -> dict[str, dict[str, dict]]:
     for file in storage.parquet_files(root):
         folder = file.removeprefix(root + "/").split("/")[0]
         for row in storage.read_table(file).to_pylist():
-            for maker in scorers.makers(folder):
+            for maker in scorer_config.makers(folder):
                 assert row["clip_id"] not in found.setdefault(maker, {}), "twice"
                 found[maker][row["clip_id"]] = row
     return found
@@ -175,7 +175,7 @@ def test_fingerprints_follow_weights_and_sampling_but_no_threshold(tmp_path):
     url = f"file://{tmp_path}"
 
     def made_by(**changes) -> str:
-        return scorers.fingerprints(ScorersConfig(**{"musiq": f"{url}/a.npz", **changes}))["musiq"]
+        return scorer_config.fingerprints(ScorersConfig(**{"musiq": f"{url}/a.npz", **changes}))["musiq"]
 
     assert made_by() == made_by(musiq=f"{url}/b.npz") == made_by(actors=3, clips_per_shard=5)
     assert made_by() != made_by(frames=3)
@@ -188,7 +188,7 @@ def test_fingerprints_follow_weights_and_sampling_but_no_threshold(tmp_path):
 def test_every_scorer_scores_a_real_clip_and_an_image(tmp_path, clips):
     """The published shapes with random weights, from files in the published forms."""
     from model.quality import dover, fast_vqa
-    from pipeline.scores import learned
+    from pipeline.data.scorers import learned
     from pipeline.video import decoding
     from tests.model.quality.test_musiq import as_google, seeded
     from tests.model.quality.test_quality_models import random_state
@@ -205,7 +205,7 @@ def test_every_scorer_scores_a_real_clip_and_an_image(tmp_path, clips):
         dover=f"file://{tmp_path}/d.pth",
         frames=1,
     )
-    assert len(scorers.fingerprints(config)) == 5
+    assert len(scorer_config.fingerprints(config)) == 5
     loaded = {name: learned.load_scorer(name, config, torch.device("cpu")) for name in config.names}
     probe = decoding.probe(str(MEDIA / "cup.mp4"))
     clip = {"uri": f"file://{MEDIA}/cup.mp4", "media": "video", "num_frames": 40, "end_pts": None}

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.compute as pc
 import ray
 
-from pipeline import listing, shots
+from pipeline.data import discovery, shots
 from pipeline.runtime import stage, work_plan
 from pipeline.store import schema, source_cache, storage
 from pipeline.video import decoding
@@ -75,7 +75,7 @@ class IngestConfig:
         if f"{self.input}/".startswith(f"{self.output}/"):
             raise ValueError(f"input: {self.input} lies within the output, {self.output}")
         if self.manifest is not None:
-            object.__setattr__(self, "manifest", listing.check_manifest(self.manifest))
+            object.__setattr__(self, "manifest", discovery.check_manifest(self.manifest))
         if not 1 <= self.min_clip_frames <= self.max_clip_frames:
             raise ValueError(
                 f"min_clip_frames: {self.min_clip_frames} is not between 1 and max_clip_frames "
@@ -97,9 +97,9 @@ class IngestConfig:
         return schema.fingerprint(stage="ingest", shots=shots.VERSION, **dataclasses.asdict(self.cutting))
 
 
-def list_sources(config: IngestConfig) -> listing.Listing:
+def list_sources(config: IngestConfig) -> discovery.Listing:
     """The sources of the config's input, to be iterated once."""
-    return listing.Listing(config.input, config.output, config.exclude, config.manifest)
+    return discovery.Listing(config.input, config.output, config.exclude, config.manifest)
 
 
 def ingest_source(source: dict[str, Any], config: IngestConfig, sandbox: Sandbox) -> list[dict[str, Any]]:
@@ -116,7 +116,7 @@ def ingest_source(source: dict[str, Any], config: IngestConfig, sandbox: Sandbox
         if ".." in source["path"].split("/") or "://" in source["path"]:
             raise MediaError("its path leads out of the input folder")
         labels = source["labels"]
-        common |= listing.read_sidecars(source["uri"]) if labels is None else labels
+        common |= discovery.read_sidecars(source["uri"]) if labels is None else labels
         with source_cache.local_file(source["uri"], source["etag"], last_use=True) as path:
             return _rows(source, common, path, config, sandbox)
     except (MediaError, OSError) as error:

@@ -1,6 +1,6 @@
 """Networks at work on clips: one decode of a clip for all scorers that it lacks, one file for each shard.
 
-Only the actors import this; `pipeline.scores.scorers` has the config.
+Only the actors import this; `pipeline.data.scorers.scorer_config` has the config.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from model import checkpoints
 from model.quality import aesthetic, fast_vqa
+from pipeline.data.scorers.scorer_config import ScorersConfig, name_of
 from pipeline.runtime import work_plan
-from pipeline.scores.scorers import ScorersConfig, name_of
 from pipeline.store import schema, source_cache, storage
 from pipeline.video import decoding
 from pipeline.video.sandbox import MediaError

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from pipeline import report
-from pipeline.selection import Threshold
+from pipeline.data.selection import Threshold
 
 _SAMPLE = 20_000  # values kept of one score
 _BINS, _WIDTH_PX, _HEIGHT_PX = 48, 480, 120

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import score_page, selection
+from pipeline.data import filter_report, selection
+from pipeline.data.scorers import scorer_config, technical
+from pipeline.data.scorers.scorer_config import ScorersConfig
+from pipeline.data.selection import Threshold
 from pipeline.runtime import prometheus, stage, work_plan
-from pipeline.scores import scorers, technical
-from pipeline.scores.scorers import ScorersConfig
-from pipeline.selection import Threshold
 from pipeline.store import schema, source_cache, storage
 from pipeline.video.sandbox import MediaError
 from pipeline.video.sandbox import shared as shared_sandbox
@@ -154,7 +154,7 @@ def read_decided(config: FilterConfig, made_by: list[str], files: list[str]) -> 
 
     made_by: the learned scorers of this config, as "name-<fingerprint>".
     """
-    columns = {scorer: scorers.columns_of(scorer) for scorer in made_by}
+    columns = {scorer: scorer_config.columns_of(scorer) for scorer in made_by}
     clips = selection.Clips(config.thresholds, config.held_out, columns)
     for file in files:
         clips.add(storage.read_table(file, list(_DECIDING_FIELDS)))
@@ -174,7 +174,7 @@ def learned_files(data_url: str, made_by: list[str]) -> Iterator[tuple[str, list
     """(file, what made its rows) of learned_scores/, of those that any of these scorers made."""
     root = storage.join(data_url, schema.LEARNED)
     for file in storage.parquet_files(root) if made_by else ():
-        found = scorers.makers(file.removeprefix(root + "/").split("/")[0])
+        found = scorer_config.makers(file.removeprefix(root + "/").split("/")[0])
         if set(found) & set(made_by):
             yield file, found
 
@@ -185,11 +185,13 @@ def score_learned(config: FilterConfig, made_by: list[str], files: list[str]) ->
     reports: list[dict[str, Any]] = []
     if not lacking.any():
         return reports
-    from pipeline.scores import learned  # the networks' libraries, which all other filtering does without
+    from pipeline.data.scorers import (
+        learned,  # the networks' libraries, which all other filtering does without
+    )
 
     for bits in map(int, np.unique(lacking[lacking > 0])):
         wanted = [scorer for bit, scorer in enumerate(made_by) if bits >> bit & 1]
-        folder = storage.join(config.data, schema.LEARNED, scorers.folder_of(wanted))
+        folder = storage.join(config.data, schema.LEARNED, scorer_config.folder_of(wanted))
         fingerprint = schema.fingerprint(scorers=sorted(wanted))
         rows = (row for row, own in zip(_rows_of(files), lacking, strict=True) if own == bits)
         size = config.scorers.clips_per_shard
@@ -197,7 +199,7 @@ def score_learned(config: FilterConfig, made_by: list[str], files: list[str]) ->
         reports += stage.run_shards(
             planned.pending,
             learned.ScoreShard,
-            f"filter: {', '.join(map(scorers.name_of, wanted))}",
+            f"filter: {', '.join(map(scorer_config.name_of, wanted))}",
             config.scorers.actors,
             constructor_args=(config.scorers, wanted, folder, fingerprint, config.decode_seconds),
             num_cpus=config.scorers.actor_cpus,
@@ -242,24 +244,24 @@ def rebuild_selection(config: FilterConfig, made_by: list[str], summary: stage.S
         summary.details["clips without learned scores yet"] = int((clips.lacking > 0).sum())
     prometheus.count_rejected(summary.rejected)
     spreads = read_spreads(config, made_by)
-    shown = score_page.page(spreads, summary.rejected, len(clips), summary.rows_kept)
+    shown = filter_report.page(spreads, summary.rejected, len(clips), summary.rows_kept)
     page_url = storage.join(config.data, schema.SELECTION, _PAGE)
     storage.write_bytes(page_url, shown.encode())
     summary.details["histograms"] = page_url
 
 
-def read_spreads(config: FilterConfig, made_by: list[str]) -> dict[str, score_page.Spread]:
+def read_spreads(config: FilterConfig, made_by: list[str]) -> dict[str, filter_report.Spread]:
     """Every score's values over all clips, beside its threshold."""
     meanings = technical.SCORES | schema.LEARNED_MEANINGS
     spreads = {
-        name: score_page.Spread(meaning, config.thresholds.get(name, Threshold()))
+        name: filter_report.Spread(meaning, config.thresholds.get(name, Threshold()))
         for name, meaning in meanings.items()
     }
     weight_free = list(technical.SCORES)
     parts = itertools.chain(
         ((file, weight_free) for file in storage.parquet_files(storage.join(config.data, schema.SCORES))),
         (
-            (file, [column for one in found if one in made_by for column in scorers.columns_of(one)])
+            (file, [column for one in found if one in made_by for column in scorer_config.columns_of(one)])
             for file, found in learned_files(config.data, made_by)
         ),
     )
@@ -284,7 +286,7 @@ def run(config: FilterConfig) -> stage.Summary:
     files = storage.parquet_files(storage.join(config.data, schema.CLIPS))
     if not files:
         raise ValueError(f"data: {config.data} has no clips/; run ingest first")
-    made_by = list(scorers.fingerprints(config.scorers).values())
+    made_by = list(scorer_config.fingerprints(config.scorers).values())
 
     def work(summary: stage.Summary) -> None:
         stage.check_shared(config.data, config.shared_filesystem, "data")

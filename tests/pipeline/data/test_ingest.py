@@ -12,13 +12,13 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline import ingest, shots
-from pipeline.ingest import IngestConfig
+from pipeline.data import ingest, shots
+from pipeline.data.ingest import IngestConfig
 from pipeline.store import schema, storage
 from pipeline.video import decoding, encoding
 from tests.pipeline.video.test_decoding import encode, moving_picture
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def odd_files(folder: Path) -> dict[str, str]:
@@ -273,7 +273,7 @@ def test_help_documents_every_field(job):
     ).stdout
     import dataclasses
 
-    from pipeline.filter import FilterConfig
+    from pipeline.data.filter import FilterConfig
 
     for field in dataclasses.fields(IngestConfig if job == "ingest" else FilterConfig):
         option = text.split(f"--{field.name}", 1)

@@ -31,9 +31,9 @@ STAGES = """
 import sys
 import ray
 from model.text import TINY_ENCODERS
-from pipeline import filter, precompute
-from pipeline.filter import FilterConfig, Threshold
-from pipeline.sampling import Bucket
+from pipeline.data import filter, precompute
+from pipeline.data.filter import FilterConfig, Threshold
+from pipeline.data.cropping import Bucket
 vae, address, shared = sys.argv[1:]
 ray.init(address=address, log_to_driver=False)
 shared = {"shared_filesystem": shared == "shared"}

@@ -19,7 +19,7 @@ import torch
 
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, draw, to_json
 from model.vae.autoencoder import CausalVideoAutoencoder, posterior_noise
-from pipeline import estimate, sampling, text_stage
+from pipeline.data import cropping, precompute_cost, text_embeddings
 from pipeline.runtime import prometheus, stage, work_plan
 from pipeline.store import bf16_columns, schema, source_cache, storage
 from pipeline.video import decoding, pixel_range
@@ -52,13 +52,13 @@ class PrecomputeConfig:
     """absolute URL of the data root that holds clips/ and selection/; text/ and latents/ are written there"""
     vae: str
     """URL of a folder of trained autoencoder weights, or of the released autoencoder's file"""
-    buckets: list[sampling.Bucket]
+    buckets: list[cropping.Bucket]
     """sizes that samples are cropped to: one or more for each progressive stage, and 1-frame ones"""
-    text: text_stage.TextConfig | None = None
+    text: text_embeddings.TextConfig | None = None
     """the text encoders that embed the captions; exactly one of text and fixed_text"""
-    fixed_text: text_stage.FixedTextConfig | None = None
+    fixed_text: text_embeddings.FixedTextConfig | None = None
     """one prompt for all clips, to fine-tune a released backbone: no text encoder is needed"""
-    native: sampling.Native | None = None
+    native: cropping.Native | None = None
     """also samples of each clip's own size (null: none)"""
     variants: int = 1
     """random crops and degradations of each clip in each bucket"""
@@ -209,11 +209,11 @@ class EncodeShard:
         return {**row, **latents, "degradation": pixels["degradation"]}
 
 
-def plan_rows(config: PrecomputeConfig, kept: text_stage.KeptClips) -> Iterator[dict[str, Any]]:
+def plan_rows(config: PrecomputeConfig, kept: text_embeddings.KeptClips) -> Iterator[dict[str, Any]]:
     """The sample rows of every kept clip, both splits, one after the other."""
     for clip, split, text_tokens in kept.rows(config.data, list(_MEDIA_FIELDS)):
         extra = {"split": split, "text_tokens": text_tokens, "clip": clip}
-        for sample in sampling.plan_samples(
+        for sample in cropping.plan_samples(
             clip, config.buckets, config.native, config.variants, config.seed
         ):
             yield {**sample, **extra}
@@ -268,13 +268,13 @@ def latents_fingerprint(config: PrecomputeConfig) -> str:
     )
 
 
-def write_texts(config: PrecomputeConfig, kept: text_stage.KeptClips) -> None:
+def write_texts(config: PrecomputeConfig, kept: text_embeddings.KeptClips) -> None:
     """Fill text/, and `kept` with the text tokens of its clips."""
     if config.fixed_text is not None:
-        text_stage.fix_kept_clips(config.data, kept, config.fixed_text)
+        text_embeddings.fix_kept_clips(config.data, kept, config.fixed_text)
         return
     assert config.text is not None  # PrecomputeConfig has checked
-    text_stage.embed_kept_clips(config.data, kept, config.text, config.encode_cpus, config.encode_gpus)
+    text_embeddings.embed_kept_clips(config.data, kept, config.text, config.encode_cpus, config.encode_gpus)
 
 
 class _Counted:
@@ -295,7 +295,9 @@ class _Counted:
             yield row
 
 
-def _make(config: PrecomputeConfig, kept: text_stage.KeptClips, folder: str, summary: stage.Summary) -> None:
+def _make(
+    config: PrecomputeConfig, kept: text_embeddings.KeptClips, folder: str, summary: stage.Summary
+) -> None:
     """Text first (it is small), then latents, then what is missing of their index."""
     start = time.monotonic()
     write_texts(config, kept)
@@ -343,7 +345,7 @@ def _make(config: PrecomputeConfig, kept: text_stage.KeptClips, folder: str, sum
 def run(config: PrecomputeConfig) -> stage.Summary:
     """text/, latents/ and latents/_index/ of every kept clip; or, in a dry run, what they would cost."""
     folder = storage.join(config.data, schema.LATENTS)
-    kept = text_stage.KeptClips(config.data)
+    kept = text_embeddings.KeptClips(config.data)
     fingerprint = latents_fingerprint(config)
     work_plan.check_fingerprint(folder, fingerprint)
 
@@ -358,10 +360,12 @@ def run(config: PrecomputeConfig) -> stage.Summary:
         def measure(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
             return ray.get(encoder.measure.remote(samples))
 
-        found = estimate.estimate(plan_rows(config, kept), config.dry_run_samples, measure)
+        found = precompute_cost.estimate(plan_rows(config, kept), config.dry_run_samples, measure)
         summary.rows_in = sum(bucket.samples for bucket in found)
-        summary.details = estimate.details(found, config.encode_actors, config.encode_gpus, stage.cores())
-        print(estimate.table(found), flush=True)
+        summary.details = precompute_cost.details(
+            found, config.encode_actors, config.encode_gpus, stage.cores()
+        )
+        print(precompute_cost.table(found), flush=True)
         ray.kill(encoder)
 
     if config.dry_run:

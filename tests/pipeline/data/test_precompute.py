@@ -9,14 +9,15 @@ import ray
 import torch
 
 from model.text import TINY_ENCODERS
-from pipeline import batches, precompute, text_stage
+from pipeline import batches
+from pipeline.data import precompute, text_embeddings
+from pipeline.data.cropping import Bucket, Native
 from pipeline.runtime import prometheus
-from pipeline.sampling import Bucket, Native
 from pipeline.store import bf16_columns, schema, storage
 from tests.pipeline.data_root import make_data_root
 from tests.pipeline.tiny_models import save_vae
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 BUCKETS = [Bucket(1, 64, 64), Bucket(5, 64, 64), Bucket(9, 96, 96)]
 
 
@@ -87,8 +88,8 @@ def test_text_is_kept_apart_and_the_null_stands_in_the_metadata(made):
     reader = batches.LatentReader(made)
     clips = storage.read_folder(storage.join(made, schema.TEXT), ["clip_id"])
     assert clips is not None and clips.num_rows == 5
-    texts = text_stage.read_texts(made)
-    assert isinstance(texts, text_stage.ClipTexts)
+    texts = text_embeddings.read_texts(made)
+    assert isinstance(texts, text_embeddings.ClipTexts)
     null = texts.null
     one = reader.text(clips.column("clip_id")[0].as_py())
     assert one.clip_l.shape[1] == null.clip_l.shape[1] == 16
@@ -123,11 +124,11 @@ def test_a_new_bucket_only_adds(made, vae_url):
 
 
 def test_samples_are_crops_that_fit_and_images_go_to_one_frame_buckets():
-    from pipeline import sampling
+    from pipeline.data import cropping
 
     video = {"clip_id": "v", "media": "video", "num_frames": 20, "height": 273, "width": 641}
     image = {"clip_id": "i", "media": "image", "num_frames": 1, "height": 100, "width": 300}
-    samples = sampling.plan_samples(video, BUCKETS, Native(21, 10**6), variants=50, seed=0)
+    samples = cropping.plan_samples(video, BUCKETS, Native(21, 10**6), variants=50, seed=0)
     assert {row["bucket"] for row in samples} == {"5x64x64", "9x96x96", "native"}
     natives = [row for row in samples if row["bucket"] == "native"]
     assert {(row["num_frames"], row["height"], row["width"]) for row in natives} == {(17, 272, 640)}
@@ -136,7 +137,7 @@ def test_samples_are_crops_that_fit_and_images_go_to_one_frame_buckets():
         assert 0 <= first <= 20 - row["num_frames"]
         assert 0 <= top <= 273 - row["height"] and 0 <= left <= 641 - row["width"]
     assert len({tuple(row["crop"]) for row in samples}) > 60
-    assert {row["bucket"] for row in sampling.plan_samples(image, BUCKETS, None, 1, 0)} == {"1x64x64"}
+    assert {row["bucket"] for row in cropping.plan_samples(image, BUCKETS, None, 1, 0)} == {"1x64x64"}
     for size in [(4, 64, 64), (5, 60, 64)]:
         with pytest.raises(ValueError, match="buckets"):
             Bucket(*size)

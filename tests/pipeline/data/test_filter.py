@@ -6,11 +6,11 @@ import pytest
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline import filter as filter_stage
-from pipeline import score_page
-from pipeline import selection as select
-from pipeline.filter import FilterConfig, Threshold
-from pipeline.scores import technical
+from pipeline.data import filter as filter_stage
+from pipeline.data import filter_report
+from pipeline.data import selection as select
+from pipeline.data.filter import FilterConfig, Threshold
+from pipeline.data.scorers import technical
 from pipeline.store import schema, storage
 from pipeline.video import sandbox
 from tests.pipeline.data_root import make_data_root
@@ -213,14 +213,16 @@ def test_a_share_is_held_out_by_source_whatever_else_is_there():
 
 def test_the_page_tells_what_each_threshold_cuts():
     """Of 60,000 clips, counted exactly, drawn from a sample; a score that no clip has is left out."""
-    spread = score_page.Spread("mean luma", Threshold(min=10.0, max=55_000.0))
+    spread = filter_report.Spread("mean luma", Threshold(min=10.0, max=55_000.0))
     for first in range(0, 60_000, 7_000):
         spread.add(np.arange(first, min(first + 7_000, 60_000), dtype=float))
     spread.add(np.array([np.nan, np.inf]))
     assert (spread.clips, spread.below, spread.above) == (60_000, 10, 4_999)
     assert len(spread.sample) <= 20_000 and np.median(spread.sample) == pytest.approx(30_000, rel=0.01)
-    missing = score_page.Spread("nothing", Threshold())
-    shown = score_page.page({"exposure": spread, "musiq": missing}, {"exposure too low": 10}, 60_000, 54_991)
+    missing = filter_report.Spread("nothing", Threshold())
+    shown = filter_report.page(
+        {"exposure": spread, "musiq": missing}, {"exposure too low": 10}, 60_000, 54_991
+    )
     assert "10 cuts 10 (0.0%)" in shown and "55000 cuts 4,999 (8.3%)" in shown
     assert "exposure too low" in shown and "54,991 kept" in shown
     assert shown.count("<svg") == 1 and "musiq" not in shown
