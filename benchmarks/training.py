@@ -39,10 +39,11 @@ from benchmarks.data import demo_clips, timed
 from model import flow, operations, text
 from model.swin_mmdit import SD3_MEDIUM, TINY, SwinMMDiT, SwinMMDiTConfig
 from model.text import TINY_ENCODERS, TextEncoders
-from pipeline import batches, train_dit, training
 from pipeline.data import cropping, precompute
 from pipeline.data.cropping import Bucket
 from pipeline.store import bf16_columns, storage
+from pipeline.training.runs import train_dit, trainer
+from pipeline.training.samples import latent_reader
 from pipeline.weights import weights_folder
 
 OUT = Path("out/bench/training.json")
@@ -65,10 +66,10 @@ class Learner:
         self.model = SwinMMDiT(config)
         self.adam = torch.optim.AdamW(self.model.parameters(), 1e-4)
 
-    def forward(self, batch: batches.Batch) -> Tensor:
+    def forward(self, batch: latent_reader.Batch) -> Tensor:
         return train_dit.forward(self.model, batch)
 
-    def step(self, batch: batches.Batch) -> None:
+    def step(self, batch: latent_reader.Batch) -> None:
         self.adam.zero_grad()
         batch.sample_losses(self.forward(batch)).mean().backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -109,16 +110,16 @@ class Sources:
     def encoded(self, number: int, pixels: dict[str, Any]) -> dict[str, Any]:
         return precompute.encode_pair(self.vae, pixels["hq"], pixels["lq"], self.planned[number]["seed"])
 
-    def batch(self, columns: dict[str, Any], embedding: text.TextEmbedding) -> batches.Batch:
+    def batch(self, columns: dict[str, Any], embedding: text.TextEmbedding) -> latent_reader.Batch:
         hq, lq = (bf16_columns.from_columns(columns, f"{which}_latent") for which in ("hq", "lq"))
         return self.batch_of(hq, lq, embedding)
 
-    def batch_of(self, hq: Tensor, lq: Tensor, embedding: text.TextEmbedding) -> batches.Batch:
+    def batch_of(self, hq: Tensor, lq: Tensor, embedding: text.TextEmbedding) -> latent_reader.Batch:
         """A training sample of its own, as batches.training_sample makes it."""
         shape = (hq.shape[0], hq.shape[1], hq.shape[2])
         flowed = flow.training_batch(hq.flatten(0, 2), lq.flatten(0, 2), [shape], torch.Generator())
         tokens, pooled = text.join(embedding, self.null, False, False, False)
-        return batches.Batch(
+        return latent_reader.Batch(
             flowed.video,
             flowed.target,
             tokens,
@@ -150,14 +151,16 @@ def online_of(sources: Sources, learner: Learner) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         sources.store(folder)
-        reader = batches.LatentReader(f"file://{folder}")
-        index = sorted(batches.read_index(f"file://{folder}").to_pylist(), key=lambda row: row["sample_id"])
+        reader = latent_reader.LatentReader(f"file://{folder}")
+        index = sorted(
+            latent_reader.read_index(f"file://{folder}").to_pylist(), key=lambda row: row["sample_id"]
+        )
 
-        def read(number: int) -> batches.Batch:
+        def read(number: int) -> latent_reader.Batch:
             latents = reader.latents(index[number], 0)
             return sources.batch_of(*latents, reader.text(index[number]["clip_id"]))
 
-        def online(number: int) -> batches.Batch:
+        def online(number: int) -> latent_reader.Batch:
             embedding = sources.encoders.encode([captions[number]])[0]
             return sources.batch(sources.encoded(number, sources.pixels(number)), embedding)
 
@@ -232,7 +235,7 @@ def wait(short: bool) -> dict[str, Any]:
             output=f"file://{folder}/run",
             model=model,
             stages=[train_dit.StageConfig("5x256x256", ["5x256x256"], steps, 1e-4, tokens_per_pack=2048)],
-            scale=training.ScaleConfig(num_workers=2),
+            scale=trainer.ScaleConfig(num_workers=2),
             packs_per_step=2,
             checkpoint_every=10**6,
             heldout_triples=4,
@@ -259,7 +262,7 @@ def peak(short: bool) -> dict[str, Any]:
     average = [parameter.detach().clone() for parameter in learner.model.parameters()]
     shapes = [(1, 32, 32)] if short else [(3, 64, 64), (1, 64, 64), (1, 64, 64)]
     rows = sum(t * h * w for t, h, w in shapes)
-    batch = batches.Batch(
+    batch = latent_reader.Batch(
         video=torch.randn(rows, config.in_channels),
         target=torch.randn(rows, config.out_channels),
         text=torch.randn(154 * len(shapes), config.text_dim),

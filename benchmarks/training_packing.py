@@ -23,8 +23,8 @@ import yaml
 from benchmarks.data import timed
 from model import operations
 from model.swin_mmdit import SD3_MEDIUM, SwinMMDiT
-from pipeline import balance, sample_stream
 from pipeline.store import schema
+from pipeline.training.samples import pack_balance, sample_order
 
 Shape = tuple[int, int, int]
 Pack = list[Shape]
@@ -74,12 +74,12 @@ def tokens_of(shape: Shape) -> int:
 
 def packed(index: pa.Table, budget: int, packs: int) -> list[Pack]:
     """One epoch in our packs, `packs` of them a step; the last step takes what is left."""
-    stream = sample_stream.SampleStream(index, 0, MODEL)
+    stream = sample_order.SampleStream(index, 0, MODEL)
     shapes = shapes_of(stream.rows)
     made: list[Pack] = []
     position = 0
     while position < len(stream):
-        step = sample_stream.pack_step(stream, position, packs, budget)
+        step = sample_order.pack_step(stream, position, packs, budget)
         inside = [[one for one in pack if one < len(stream)] for pack in step.packs]
         numbers = [stream.numbers(0, len(stream))[pack] for pack in inside if pack]
         made += [[shapes[number] for number in pack] for pack in numbers]
@@ -180,7 +180,9 @@ def run(short: bool, rounds: int = 3) -> dict[str, Any]:
         f"ratio_bucketed_{WORKERS}_workers": slowest["bucketed"] / slowest["packed"],
         "imbalance_counted": {
             name: float(
-                np.mean([balance.imbalance(loads[i : i + WORKERS]) for i in range(0, len(loads), WORKERS)])
+                np.mean(
+                    [pack_balance.imbalance(loads[i : i + WORKERS]) for i in range(0, len(loads), WORKERS)]
+                )
             )
             for name, loads in work.items()
         },

@@ -32,11 +32,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from model import text
 from model.swin_mmdit import TINY
-from pipeline import batches, sample_stream, training
 from pipeline.data import text_embeddings
 from pipeline.data.cropping import Bucket
 from pipeline.runtime import work_plan
 from pipeline.store import bf16_columns, schema, storage
+from pipeline.training.runs import trainer
+from pipeline.training.samples import latent_reader, sample_order
 
 Sample = dict[str, Any]
 BUCKET = "samples"
@@ -141,8 +142,8 @@ class PtFiles(Dataset):
 
 
 def ours(url: str, count: int, epoch: int) -> Iterator[Sample]:
-    reader = batches.LatentReader(url)
-    stream = sample_stream.SampleStream(batches.read_index(url), 0, TINY)
+    reader = latent_reader.LatentReader(url)
+    stream = sample_order.SampleStream(latent_reader.read_index(url), 0, TINY)
 
     def samples() -> Iterator[Sample]:
         for position in range(epoch * count, (epoch + 1) * count):
@@ -152,7 +153,7 @@ def ours(url: str, count: int, epoch: int) -> Iterator[Sample]:
             yield {"hq": hq, "lq": lq, "text": tokens, "pooled": pooled}
         yield {}
 
-    return iter(training.prefetched(samples(), ahead=8).__next__, {})
+    return iter(trainer.prefetched(samples(), ahead=8).__next__, {})
 
 
 def torch_loader(url: str, count: int, epoch: int) -> Iterator[Sample]:

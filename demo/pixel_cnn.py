@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import preprocess
-from pipeline import training
 from pipeline.data import precompute, text_embeddings
 from pipeline.runtime.job_config import parse
 from pipeline.store import schema, storage
+from pipeline.training.runs import trainer
 from pipeline.video import decoding, encoding
 from pipeline.weights.weights_folder import WEIGHTS_FILE
 
@@ -212,7 +212,7 @@ def main() -> None:
     every = max(1, len(history) // 200)
     means = [round(float(np.mean(history[i : i + every])), 5) for i in range(0, len(history), every)]
     about = {"steps": len(history), "minutes": options.minutes, "pairs": len(pairs)}
-    history_url = storage.join(options.output, training.HISTORY)
+    history_url = storage.join(options.output, trainer.HISTORY)
     storage.write_json(history_url, {**about, "steps_a_mean": every, "l1": means})
 
 

@@ -3,8 +3,8 @@
 python -m jobs.convert --source /weights/seedvr_ema_3b.pth --kind seedvr-3b --output /weights/3b.safetensors
 """
 
-from pipeline import convert
 from pipeline.runtime.job_config import run_job
+from pipeline.training import convert
 
 
 def main() -> None:

@@ -4,8 +4,8 @@ ray job submit --working-dir . -- python -m jobs.train_dit --config configs/smal
     --data file:///data/run --output file:///data/run
 """
 
-from pipeline import train_dit
 from pipeline.runtime.job_config import run_job
+from pipeline.training.runs import train_dit
 
 
 def main() -> None:

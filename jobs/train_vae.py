@@ -4,8 +4,8 @@ ray job submit --working-dir . -- python -m jobs.train_vae --config configs/demo
     --data file:///data/run --output file:///data/run
 """
 
-from pipeline import train_vae
 from pipeline.runtime.job_config import run_job
+from pipeline.training.runs import train_vae
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from pipeline.metrics.psnr_ssim import full_reference_scores
 from pipeline.restorer import reconstruct
 from pipeline.runtime import stage
 from pipeline.store import storage
-from pipeline.vae_objective import check_perceptual, load_perceptual
+from pipeline.training.objectives.vae_loss import check_perceptual, load_perceptual
 from pipeline.video import decoding
 from pipeline.video.sandbox import Sandbox
 from pipeline.weights import weights_folder

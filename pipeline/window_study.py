@@ -12,20 +12,14 @@ import statistics
 from typing import Any
 
 from model.windows import WindowSize
-from pipeline import (
-    evaluate,
-    evaluate_tables,
-    pairs,
-    restore,
-    train_dit,
-    training,
-)
+from pipeline import evaluate, evaluate_tables, pairs, restore
 from pipeline.metrics.metric_networks import LearnedMetrics
 from pipeline.restore_file import Encoding
 from pipeline.restorer import Sampling
 from pipeline.runtime import stage
 from pipeline.scores import published
 from pipeline.store import storage
+from pipeline.training.runs import train_dit, trainer
 from pipeline.weights.backbones import ModelConfig
 
 RESULTS = "windows"
@@ -87,7 +81,7 @@ def training_of(config: WindowStudyConfig, window: str) -> train_dit.TrainDitCon
 
 def measure_training(url: str) -> dict[str, Any]:
     """Seconds per iteration and held-out loss, from a run's history."""
-    history = storage.read_json(storage.join(url, "weights", train_dit.NAME, training.HISTORY))
+    history = storage.read_json(storage.join(url, "weights", train_dit.NAME, trainer.HISTORY))
     last = history["steps"][-1]["stage"]
     seconds = [step["seconds"] for step in history["steps"] if step["stage"] == last][_WARM_UP_STEPS:]
     return {

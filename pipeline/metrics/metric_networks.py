@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model import checkpoints
 from pipeline.data.scorers import scorer_config
 from pipeline.store import storage
-from pipeline.vae_objective import VGG_FILE, check_perceptual, load_perceptual
+from pipeline.training.objectives.vae_loss import VGG_FILE, check_perceptual, load_perceptual
 
 DISTS_FILE = "weights.pt"
 BATCH_FRAMES = 8

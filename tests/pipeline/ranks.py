@@ -12,12 +12,12 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 from torch import nn
 
-from pipeline import training
-from pipeline.checkpoint import Checkpoints
-from pipeline.faults import FaultConfig, StepGuard
-from pipeline.train_state import MovingAverage
+from pipeline.training.runs import trainer
+from pipeline.training.state.checkpoint import Checkpoints
+from pipeline.training.state.control import FaultConfig, StepGuard
+from pipeline.training.state.zero_fragments import MovingAverage
 
-OPTIMISER = training.OptimiserConfig(weight_decay=0.1, ema_decay=0.9)
+OPTIMISER = trainer.OptimiserConfig(weight_decay=0.1, ema_decay=0.9)
 SAMPLES = 8
 
 
@@ -54,8 +54,8 @@ class Run:
 
     def __init__(self, url: str, stage: int = 2, offload: bool = False, **faults: Any) -> None:
         world = dist.get_world_size()
-        scale = training.ScaleConfig(num_workers=world, zero_stage=stage, offload_optimiser=offload)
-        self.engine = training.make_engine(Net(), scale, OPTIMISER, accumulation=2 // world)
+        scale = trainer.ScaleConfig(num_workers=world, zero_stage=stage, offload_optimiser=offload)
+        self.engine = trainer.make_engine(Net(), scale, OPTIMISER, accumulation=2 // world)
         self.average = MovingAverage(self.engine, OPTIMISER.ema_decay)
         self.checkpoints = Checkpoints(url, "net", {"net": self.engine}, {"net": self.average}, 2, 0)
         self.state = self.checkpoints.resume({"step": 0, "losses": []})
@@ -65,7 +65,7 @@ class Run:
         """factor: of the loss."""
         rank, world = dist.get_rank(), dist.get_world_size()
         x = torch.randn(SAMPLES, 7, generator=torch.Generator().manual_seed(self.state["step"]))
-        training.set_learning_rate(self.engine, 0.02)
+        trainer.set_learning_rate(self.engine, 0.02)
         loss = torch.zeros(())
         for share in x.chunk(2)[rank::world]:
             part = (self.engine(share).squeeze(1) - share.sin().sum(dim=1)).square().mean()
@@ -74,7 +74,7 @@ class Run:
             self.engine.step()
         if self.guard.took_step():
             self.average.update(self.state["step"])
-        self.state["losses"].append(float(training.all_reduced(loss)))
+        self.state["losses"].append(float(trainer.all_reduced(loss)))
         self.state["step"] += 1
 
     def train(self, steps: int, every: int = 3) -> "Run":

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline import window_study
 from pipeline.store import storage
-from pipeline.train_dit import StageConfig, TrainDitConfig
+from pipeline.training.runs.train_dit import StageConfig, TrainDitConfig
 from pipeline.window_study import WindowStudyConfig, training_of, window_size
 from tests.pipeline import tiny_models
 

@@ -9,11 +9,11 @@ import ray
 import torch
 
 from model.text import TINY_ENCODERS
-from pipeline import batches
 from pipeline.data import precompute, text_embeddings
 from pipeline.data.cropping import Bucket, Native
 from pipeline.runtime import prometheus
 from pipeline.store import bf16_columns, schema, storage
+from pipeline.training.samples import latent_reader
 from tests.pipeline.data_root import make_data_root
 from tests.pipeline.tiny_models import save_vae
 
@@ -73,7 +73,7 @@ def test_every_planned_sample_has_a_row_and_a_broken_clip_has_error_rows(made):
 
 
 def test_the_index_tells_where_each_good_sample_stands(made):
-    index = batches.read_index(made).to_pylist()
+    index = latent_reader.read_index(made).to_pylist()
     rows = latents(made)
     assert {row["sample_id"] for row in index} == {i for i, row in rows.items() if row["error"] is None}
     assert {row["split"] for row in index} == {"train", "held_out"}
@@ -85,7 +85,7 @@ def test_the_index_tells_where_each_good_sample_stands(made):
 
 
 def test_text_is_kept_apart_and_the_null_stands_in_the_metadata(made):
-    reader = batches.LatentReader(made)
+    reader = latent_reader.LatentReader(made)
     clips = storage.read_folder(storage.join(made, schema.TEXT), ["clip_id"])
     assert clips is not None and clips.num_rows == 5
     texts = text_embeddings.read_texts(made)
@@ -167,7 +167,7 @@ def test_the_index_of_a_shard_whose_maker_was_killed_comes_later(made, vae_url):
     index[0].unlink()
     summary = precompute.run(config(made, vae_url))
     assert index[0].read_bytes() == lost
-    assert summary.bytes == 0 and summary.rows_kept == len(batches.read_index(made))
+    assert summary.bytes == 0 and summary.rows_kept == len(latent_reader.read_index(made))
 
 
 def test_counts_are_served_to_prometheus(made):

@@ -9,17 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import (
-    evaluate,
-    evaluate_vae,
-    pairs,
-    restore,
-    train_dit,
-    train_vae,
-)
+from pipeline import evaluate, evaluate_vae, pairs, restore
 from pipeline.data import filter as filter_stage
 from pipeline.data import ingest, precompute
 from pipeline.runtime.job_config import parse
+from pipeline.training.runs import train_dit, train_vae
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 ELSEWHERE = {"peers.yaml", "sets.yaml", "training_mix.yaml"}  # read by jobs.peer, jobs.evaluate, a benchmark

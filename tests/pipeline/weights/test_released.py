@@ -18,19 +18,16 @@ from safetensors.torch import load_file
 
 from model import checkpoints
 from model.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT
-from pipeline import (
-    batches,
-    convert,
-    restore,
-    train_dit,
-    training,
-)
+from pipeline import restore
 from pipeline.data import precompute, text_embeddings
 from pipeline.data.cropping import Bucket
 from pipeline.latent_stream import Chunk, frame_noise
 from pipeline.restore import RestoreConfig, Restorer, Sampling
 from pipeline.runtime.job_config import parse
 from pipeline.store import schema, storage
+from pipeline.training import convert
+from pipeline.training.runs import train_dit, trainer
+from pipeline.training.samples import latent_reader
 from pipeline.video import decoding, encoding
 from pipeline.weights import backbones, weights_folder
 from pipeline.weights.backbones import ModelConfig
@@ -216,14 +213,14 @@ def test_the_fixed_prompt_is_by_reference_and_negative_when_dropped(data, model_
     )
     for row in storage.read_table(file).to_pylist():
         assert row["clip_id"] and all(value is None for name, value in row.items() if name != "clip_id")
-    reader = batches.LatentReader(data)
-    index = batches.read_index(data).to_pylist()
+    reader = latent_reader.LatentReader(data)
+    index = latent_reader.read_index(data).to_pylist()
     positive, negative = (backbones.read_prompt(named[name]["url"]).text for name in ("positive", "negative"))
     for drops, expected in (((False, True, True), positive), ((True, True, True), negative)):
         tokens, pooled = reader.prompt(index[0]["clip_id"], drops)
         assert torch.equal(tokens, expected) and len(pooled) == 0
-    drawn = [batches.Drawn(index[0], epoch) for epoch in range(100)]
-    lengths = [len(batches.training_sample(reader, one, seed=0)["text"]) for one in drawn]
+    drawn = [latent_reader.Drawn(index[0], epoch) for epoch in range(100)]
+    lengths = [len(latent_reader.training_sample(reader, one, seed=0)["text"]) for one in drawn]
     assert 2 <= lengths.count(7) <= 25  # P_DROP^3 is a tenth
 
 
@@ -233,7 +230,7 @@ def test_a_prompt_that_has_changed_since_is_refused(data, model_of):
     try:
         torch.save(torch.zeros(7, released_models.TEXT_DIM), path)
         with pytest.raises(ValueError, match=r"fixed_text\.negative: .*not the file"):
-            batches.LatentReader(data)
+            latent_reader.LatentReader(data)
     finally:
         path.write_bytes(before)
 
@@ -281,7 +278,7 @@ def tuning(data: str, model: ModelConfig, output: Path, **changes) -> train_dit.
         "initial": backbones.BackboneConfig(model.weights, model.kind),
         "stages": [train_dit.StageConfig("tune", ["1x64x64"], 2, learning_rate=1e-2, tokens_per_pack=64)],
         "heldout_triples": 2,
-        "optimiser": training.OptimiserConfig(ema_decay=0.5),
+        "optimiser": trainer.OptimiserConfig(ema_decay=0.5),
         **changes,
     }
     return train_dit.TrainDitConfig(data=data, output=f"file://{output}", **values)

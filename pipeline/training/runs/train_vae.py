@@ -20,15 +20,16 @@ from model import checkpoints
 from model.discriminator import VideoDiscriminator
 from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
 from model.vae.wavelet_start import check_wavelet_start, start_as_wavelets
-from pipeline import train_log, training, vae_objective
-from pipeline.checkpoint import Checkpoints
 from pipeline.data import cropping
-from pipeline.faults import Orders, StoppedError, outcome
 from pipeline.metrics.psnr_ssim import psnr
 from pipeline.runtime import stage
 from pipeline.store import schema, source_cache, storage
-from pipeline.train_state import MovingAverage
-from pipeline.vae_objective import AdversarialConfig, Group, Objective
+from pipeline.training.objectives import vae_loss
+from pipeline.training.objectives.vae_loss import AdversarialConfig, Group, Objective
+from pipeline.training.runs import run_log, trainer
+from pipeline.training.state.checkpoint import Checkpoints
+from pipeline.training.state.control import Orders, StoppedError, outcome
+from pipeline.training.state.zero_fragments import MovingAverage
 from pipeline.video import decoding, pixel_range
 from pipeline.video.sandbox import MediaError, Sandbox
 from pipeline.weights import weights_folder
@@ -67,9 +68,9 @@ class TrainVaeConfig:
     perceptual: str
     """absolute URL of a folder with LPIPS's published files vgg16-397923af.pth and vgg.pth; or the word hub
     (each node downloads them); or the word none, which is other training than the paper's"""
-    optimiser: training.OptimiserConfig = dataclasses.field(default_factory=training.OptimiserConfig)
+    optimiser: trainer.OptimiserConfig = dataclasses.field(default_factory=trainer.OptimiserConfig)
     """AdamW, clipping, warm-up, moving average"""
-    scale: training.ScaleConfig = dataclasses.field(default_factory=training.ScaleConfig)
+    scale: trainer.ScaleConfig = dataclasses.field(default_factory=trainer.ScaleConfig)
     """workers and ZeRO"""
     measure_latent_scale: bool = True
     """write 1 / (spread of the last steps' latents) as the weights' latent_scale instead of model's"""
@@ -198,7 +199,7 @@ def crop_batches(reader: CropReader, config: VaeStageConfig, first_step: int, st
         batch: list[np.ndarray] = []
         reads = -(-config.crops_per_worker // reader.config.crops_per_read)
         for number in range(reads):
-            slot = number * training.world_size() + training.rank()
+            slot = number * trainer.world_size() + trainer.rank()
             batch += reader.crops("crop", stage_index, step, slot)
         yield batch[: config.crops_per_worker]
 
@@ -231,15 +232,15 @@ class Run:
 
     def __init__(self, config: TrainVaeConfig, desk: Any) -> None:
         self.config = config
-        self.device = training.setup_worker(config.scale)
-        model = vae_objective.Pass(initial_autoencoder(config)).to(self.device)
-        self.engine = training.make_engine(model, config.scale, config.optimiser, accumulation=1)
+        self.device = trainer.setup_worker(config.scale)
+        model = vae_loss.Pass(initial_autoencoder(config)).to(self.device)
+        self.engine = trainer.make_engine(model, config.scale, config.optimiser, accumulation=1)
         self.average = MovingAverage(self.engine, config.optimiser.ema_decay)
         self.dtype = next(self.engine.module.parameters()).dtype
         self.engines = {NAME: self.engine}
         if config.adversarial is not None:
             self.engines[DISCRIMINATOR] = self.make_discriminator(config.adversarial)
-        perceptual = vae_objective.load_perceptual(config.perceptual)
+        perceptual = vae_loss.load_perceptual(config.perceptual)
         self.objective = Objective(
             self.engine,
             None if perceptual is None else perceptual.to(self.device, self.dtype),
@@ -254,14 +255,14 @@ class Run:
         self.checkpoints = Checkpoints(config.output, NAME, self.engines, averages, *keep)
         self.state = self.checkpoints.resume(fresh)
         self.orders = Orders(desk)
-        self.log = train_log.Log(config.output, NAME, config.total_steps, self.state["history"])
+        self.log = run_log.Log(config.output, NAME, config.total_steps, self.state["history"])
 
     def make_discriminator(self, adversarial: AdversarialConfig) -> Any:
         """The discriminator's engine; its weights depend on the seed alone."""
         torch.manual_seed(schema.stable_hash(self.config.seed, DISCRIMINATOR))
         model = VideoDiscriminator(adversarial.discriminator).to(self.device)
         optimiser = dataclasses.replace(self.config.optimiser, betas=adversarial.betas, weight_decay=0.0)
-        return training.make_engine(model, self.config.scale, optimiser, accumulation=1)
+        return trainer.make_engine(model, self.config.scale, optimiser, accumulation=1)
 
     def train(self) -> None:
         while self.state["stage"] < len(self.config.stages):
@@ -283,7 +284,7 @@ class Run:
         clips = fitting(kept_clips(self.config.data, "train"), config.crop, "training")
         reader = CropReader(self.config, clips, config.crop)
         first = self.state["stage_step"]
-        steps = training.prefetched(crop_batches(reader, config, first, self.state["stage"]), ahead=4)
+        steps = trainer.prefetched(crop_batches(reader, config, first, self.state["stage"]), ahead=4)
         while self.state["stage_step"] < config.steps:
             self.train_step(config, steps)
             save, stop = self.orders.now(self.device)
@@ -304,12 +305,12 @@ class Run:
         rate = self.set_learning_rates(config)
         crops = next(steps)
         waited_s = time.monotonic() - start
-        seed = schema.stable_hash(self.config.seed, "posterior", step, training.rank())
+        seed = schema.stable_hash(self.config.seed, "posterior", step, trainer.rank())
         generator = torch.Generator().manual_seed(seed)
         groups = [
             Group(
                 video,
-                vae_objective.latent_noise(self.config.model, video, generator),
+                vae_loss.latent_noise(self.config.model, video, generator),
                 share=len(video) / len(crops),
             )
             for video in by_length(crops, self.device)
@@ -326,10 +327,10 @@ class Run:
                 **terms,
                 "latent_std": latent_variance**0.5,
                 "seconds": seconds,
-                "crops_per_second": len(crops) * training.world_size() / seconds,
+                "crops_per_second": len(crops) * trainer.world_size() / seconds,
                 "learning_rate": rate,
                 "wait_share": waited_s / seconds,
-                "samples": len(crops) * training.world_size(),
+                "samples": len(crops) * trainer.world_size(),
             },
         )
         self.state["step"] += 1
@@ -338,13 +339,13 @@ class Run:
     def set_learning_rates(self, config: VaeStageConfig) -> float:
         """Both optimisers' rates for this step; returns the autoencoder's."""
         optimiser = self.config.optimiser
-        rate = training.scheduled(config.learning_rate, self.state["stage_step"], config.steps, optimiser)
-        training.set_learning_rate(self.engine, rate)
+        rate = trainer.scheduled(config.learning_rate, self.state["stage_step"], config.steps, optimiser)
+        trainer.set_learning_rate(self.engine, rate)
         adversarial = self.config.adversarial
         if adversarial is not None and adversarial.trains(self.state["step"]):
             trained = self.state["step"] - adversarial.start_step
-            own_rate = training.warmed_up(adversarial.learning_rate, trained, optimiser.warmup_steps)
-            training.set_learning_rate(self.engines[DISCRIMINATOR], own_rate)
+            own_rate = trainer.warmed_up(adversarial.learning_rate, trained, optimiser.warmup_steps)
+            trainer.set_learning_rate(self.engines[DISCRIMINATOR], own_rate)
         return rate
 
     def held_out_crops(self, config: VaeStageConfig) -> list[np.ndarray]:
@@ -364,15 +365,15 @@ class Run:
         `psnr_<when>` (dB of 8-bit frames), means over the crops."""
         average = self.average.gathered(self.dtype)
         total = torch.zeros(2, device=self.device)
-        for crop in crops[training.rank() :: training.world_size()]:
+        for crop in crops[trainer.rank() :: trainer.world_size()]:
             video = pixel_range.to_network(crop, self.device)
-            noise = torch.zeros_like(vae_objective.latent_noise(self.config.model, video, torch.Generator()))
+            noise = torch.zeros_like(vae_loss.latent_noise(self.config.model, video, torch.Generator()))
             inputs = video.to(self.dtype), noise.to(self.dtype)
             found = functional_call(self.engine.module, average, inputs)["video"].float()
             decibels = min(psnr(pixel_range.to_pixels(found), crop), EQUAL_PSNR_DB)
             total += torch.tensor([(found - video).abs().mean(), decibels], device=self.device)
-        l1, decibels = (training.all_reduced(total) / len(crops)).tolist()
-        if training.rank() == 0:
+        l1, decibels = (trainer.all_reduced(total) / len(crops)).tolist()
+        if trainer.rank() == 0:
             print(f"held out, {when} this stage: l1 {l1:.4f}, PSNR {decibels:.2f} dB", flush=True)
         return {when: l1, f"psnr_{when}": decibels}
 
@@ -392,19 +393,19 @@ class Run:
         """Rank 0 writes the moving average and the history to weights/vae."""
         self.orders.saved(over=True)
         average = self.average.collected()
-        if training.rank() == 0:
-            url = storage.join(self.config.output, training.WEIGHTS, NAME)
+        if trainer.rank() == 0:
+            url = storage.join(self.config.output, trainer.WEIGHTS, NAME)
             plain = {name.removeprefix("vae."): tensor for name, tensor in average.items()}
             about = {"steps": self.state["step"], "held_out": self.state["held_out"]}
             model = dataclasses.replace(self.config.model, latent_scale=self.latent_scale())
             weights_folder.save_weights(url, weights_folder.VAE, model, plain, about=about)
             history = {"steps": self.state["history"], "held_out": self.state["held_out"]}
-            storage.write_json(storage.join(url, training.HISTORY), history)
+            storage.write_json(storage.join(url, trainer.HISTORY), history)
 
 
 def check_start(config: TrainVaeConfig) -> None:
     """ValueError, before Ray starts, if files that the config names are missing or of another model."""
-    vae_objective.check_perceptual(config.perceptual)
+    vae_loss.check_perceptual(config.perceptual)
     for key in ("initial_weights", "initial_image_weights"):
         if getattr(config, key) is not None:
             storage.check_url(getattr(config, key), key)
@@ -432,7 +433,7 @@ def run(config: TrainVaeConfig) -> stage.Summary:
             fitting(kept_clips(config.data, split), stage_config.crop, where)
 
     def work(summary: stage.Summary) -> None:
-        training.start_trainer(loop, config, config.scale, config.output, NAME)
-        training.summarise(summary, storage.join(config.output, training.WEIGHTS, NAME))
+        trainer.start_trainer(loop, config, config.scale, config.output, NAME)
+        trainer.summarise(summary, storage.join(config.output, trainer.WEIGHTS, NAME))
 
-    return stage.run_stage("train_vae", storage.join(config.output, training.WEIGHTS, NAME), work)
+    return stage.run_stage("train_vae", storage.join(config.output, trainer.WEIGHTS, NAME), work)

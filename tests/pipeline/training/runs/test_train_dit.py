@@ -21,17 +21,18 @@ from safetensors.torch import save_file
 from model.checkpoints import load_sd3_transformer
 from model.swin_mmdit import TINY
 from model.text import TINY_ENCODERS
-from pipeline import batches, sample_stream, train_dit, training
 from pipeline.data import precompute
 from pipeline.data.cropping import Bucket
 from pipeline.store import storage
+from pipeline.training.runs import train_dit, trainer
+from pipeline.training.samples import latent_reader, sample_order
 from pipeline.weights import weights_folder
 from tests.model.test_swin_mmdit import sd3_transformer
 from tests.pipeline.data_root import make_data_root
 from tests.pipeline.processes import kill_tree
 from tests.pipeline.tiny_models import DIT, save_vae
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 MODEL = dataclasses.replace(DIT, text_dim=64, pooled_dim=48)
 
 
@@ -62,7 +63,7 @@ def dit_config(
             stage_config("images", 6, ["1x64x64"]),
             stage_config("mixed", 6, ["1x64x64", "5x64x64"]),
         ],
-        "scale": training.ScaleConfig(num_workers=workers),
+        "scale": trainer.ScaleConfig(num_workers=workers),
         "packs_per_step": 2,
         "checkpoint_every": 3,
         "heldout_triples": 8,
@@ -79,7 +80,7 @@ def losses(output: Path, name: str = "dit") -> list[float]:
     return [step["loss"] for step in history(output, name)["steps"]]
 
 
-def rate_of(stage: train_dit.StageConfig, number: int, optimiser: training.OptimiserConfig) -> float:
+def rate_of(stage: train_dit.StageConfig, number: int, optimiser: trainer.OptimiserConfig) -> float:
     warmup = optimiser.warmup_steps
     if number < warmup or optimiser.schedule == "constant":
         return stage.learning_rate * min(1.0, (number + 1) / (warmup + 1))
@@ -88,7 +89,7 @@ def rate_of(stage: train_dit.StageConfig, number: int, optimiser: training.Optim
 
 def plain_losses(config: train_dit.TrainDitConfig) -> list[float]:
     """The same training written plainly: one process, torch's AdamW, no DeepSpeed."""
-    reader, index = batches.LatentReader(config.data), batches.read_index(config.data)
+    reader, index = latent_reader.LatentReader(config.data), latent_reader.read_index(config.data)
     torch.manual_seed(config.seed)
     model = train_dit.SwinMMDiT(config.model)
     adam = torch.optim.AdamW(
@@ -97,13 +98,16 @@ def plain_losses(config: train_dit.TrainDitConfig) -> list[float]:
     found = []
     for stage in config.stages:
         rows = train_dit.rows_of(index, stage, "train")
-        stream = sample_stream.SampleStream(rows, config.seed, config.model)
+        stream = sample_order.SampleStream(rows, config.seed, config.model)
         position = 0
         for number in range(stage.steps):
-            packed = sample_stream.pack_step(stream, position, config.packs_per_step, stage.tokens_per_pack)
+            packed = sample_order.pack_step(stream, position, config.packs_per_step, stage.tokens_per_pack)
             position = packed.next_position
-            whole = batches.collate(
-                [batches.training_sample(reader, stream[one], config.seed) for one in sum(packed.packs, [])]  # noqa: RUF017
+            whole = latent_reader.collate(
+                [
+                    latent_reader.training_sample(reader, stream[one], config.seed)
+                    for one in sum(packed.packs, [])
+                ]  # noqa: RUF017
             )
             for group in adam.param_groups:
                 group["lr"] = rate_of(stage, number, config.optimiser)
@@ -145,12 +149,12 @@ def test_compiled_mlps_train_as_others_do(data, tmp_path):
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_two_workers_give_the_losses_of_plain_torch_with_every_zero_stage(data, tmp_path, zero_stage):
-    scale = training.ScaleConfig(num_workers=2, zero_stage=zero_stage)
+    scale = trainer.ScaleConfig(num_workers=2, zero_stage=zero_stage)
     stages = [
         stage_config("images", 8, ["1x64x64"]),
         stage_config("mixed", 12, ["1x64x64", "5x64x64"]),
     ]
-    optimiser = training.OptimiserConfig(warmup_steps=2, schedule="cosine")
+    optimiser = trainer.OptimiserConfig(warmup_steps=2, schedule="cosine")
     config = dit_config(data, tmp_path, scale=scale, stages=stages, optimiser=optimiser)
     train_dit.run(config)
     assert len(losses(tmp_path)) == 20

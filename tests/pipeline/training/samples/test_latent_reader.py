@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import training_readers
 from model.swin_mmdit import TINY
-from pipeline import batches, sample_stream
+from pipeline.training.samples import latent_reader, sample_order
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +16,8 @@ def root(tmp_path_factory) -> str:
 
 
 def test_samples_and_texts_come_back_as_written(root):
-    reader = batches.LatentReader(root)
-    for row in batches.read_index(root).slice(0, 80).to_pylist()[::13]:
+    reader = latent_reader.LatentReader(root)
+    for row in latent_reader.read_index(root).slice(0, 80).to_pylist()[::13]:
         wanted = training_readers.make_sample(int(row["sample_id"]))
         hq, lq = reader.latents(row, 0)
         assert torch.equal(hq, wanted["hq"].float()) and torch.equal(lq, wanted["lq"].float())
@@ -28,16 +28,18 @@ def test_samples_and_texts_come_back_as_written(root):
 
 def test_a_clip_without_text_is_named(root):
     with pytest.raises(ValueError, match=r"^text/ has no clip 123456"):
-        batches.LatentReader(root).text("123456")
+        latent_reader.LatentReader(root).text("123456")
 
 
 def test_an_epoch_reads_each_row_group_once(root, monkeypatch):
-    reader = batches.LatentReader(root)
-    stream = sample_stream.SampleStream(batches.read_index(root), 0, TINY)
+    reader = latent_reader.LatentReader(root)
+    stream = sample_order.SampleStream(latent_reader.read_index(root), 0, TINY)
     read = []
-    original = batches.pq.ParquetFile.read_row_group
+    original = latent_reader.pq.ParquetFile.read_row_group
     monkeypatch.setattr(
-        batches.pq.ParquetFile, "read_row_group", lambda *given, **k: read.append(1) or original(*given, **k)
+        latent_reader.pq.ParquetFile,
+        "read_row_group",
+        lambda *given, **k: read.append(1) or original(*given, **k),
     )
     for position in range(len(stream)):
         reader.latents(stream[position].row, 0)

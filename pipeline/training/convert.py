@@ -20,9 +20,9 @@ from torch import Tensor
 
 from model import checkpoints
 from model.vae import FULL_CONFIG, AutoencoderConfig, CausalVideoAutoencoder
-from pipeline import checkpoint
 from pipeline.data import text_embeddings
 from pipeline.store import storage
+from pipeline.training.state import checkpoint
 from pipeline.weights import backbones, weights_folder
 
 ReleasedKind = Literal["vae", "seedvr-3b", "seedvr-7b", "seedvr2-3b", "seedvr2-7b"]

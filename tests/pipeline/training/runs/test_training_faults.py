@@ -16,15 +16,16 @@ import psutil
 import pytest
 
 from model.text import TINY_ENCODERS
-from pipeline import checkpoint, train_dit, training
 from pipeline.data import precompute
 from pipeline.data.cropping import Bucket
 from pipeline.store import storage
+from pipeline.training.runs import train_dit, trainer
+from pipeline.training.state import checkpoint
 from tests.pipeline.data_root import make_data_root
 from tests.pipeline.ray_cluster import driver_environment, new_node, one_node_cluster
 from tests.pipeline.tiny_models import DIT, save_vae
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 STEPS = 30
 SEED = 11
 
@@ -32,8 +33,8 @@ SEED = 11
 DRIVER = """
 import pickle, sys, time
 import ray, torch.distributed as dist
-from pipeline import train_dit
-from pipeline.faults import outcome
+from pipeline.training.runs.trainer.runs import train_dit
+from pipeline.training.state.control import outcome
 
 def is_elastic(run):
     # Whoever is left waits for the other's node. (Beside `dist`, `config` would pickle a module.)
@@ -158,7 +159,7 @@ def base(tmp_path_factory, local_ray) -> train_dit.TrainDitConfig:
             train_dit.StageConfig("images", ["1x64x64"], 10, learning_rate=1e-3, tokens_per_pack=64),
             train_dit.StageConfig("mixed", ["1x64x64", "5x64x64"], 20, 1e-3, tokens_per_pack=64),
         ],
-        scale=training.ScaleConfig(num_workers=2, max_failures=10, resize_every_s=2),
+        scale=trainer.ScaleConfig(num_workers=2, max_failures=10, resize_every_s=2),
         packs_per_step=2,
         checkpoint_every=4,
         heldout_triples=4,

@@ -18,8 +18,8 @@ from model import checkpoints, losses
 from model.discriminator import DiscriminatorConfig
 from model.lpips import Lpips, video_lpips
 from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
-from pipeline import training
 from pipeline.store import storage
+from pipeline.training.runs import trainer
 
 VGG_FILE, HEADS_FILE = "vgg16-397923af.pth", "vgg.pth"
 """The published files of LPIPS, by their published names: torchvision's VGG16 and lpips v0.1's heads."""
@@ -208,7 +208,7 @@ class Objective:
             terms["generator"] = self._generator_loss(groups, outputs)
             layer = self.autoencoder.module.vae.decoder.last_layer
             norms = losses.gradient_norms(reconstruction, terms["generator"], layer)
-            norms = training.all_reduced(norms) / training.world_size()
+            norms = trainer.all_reduced(norms) / trainer.world_size()
             terms["adaptive_weight"] = self.adversarial.weight * losses.adaptive_weight(norms)
             loss = loss + terms["adaptive_weight"] * terms["generator"]
         return self._finish(self.autoencoder, number, loss, terms)
@@ -241,7 +241,7 @@ class Objective:
         """One backward and one optimiser step; the terms over all ranks. All ranks see the same numbers,
         so all of them stop if one is not finite."""
         own = torch.stack([term.detach().float() for term in terms.values()])
-        means = training.all_reduced(own) / training.world_size()
+        means = trainer.all_reduced(own) / trainer.world_size()
         found = dict(zip(terms, means.tolist(), strict=True))
         if all(map(math.isfinite, found.values())):
             engine.backward(loss)

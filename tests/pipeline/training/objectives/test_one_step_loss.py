@@ -3,7 +3,8 @@
 import torch
 
 from model.flow import MAX_TIME
-from pipeline import batches, one_step
+from pipeline.training.objectives import one_step_loss
+from pipeline.training.samples import latent_reader
 from pipeline.weights import weights_folder
 from tests.pipeline.tiny_models import save_vae
 
@@ -23,8 +24,10 @@ class Reader:
 
 
 def sample(number: int, share: float) -> dict:
-    drawn = batches.Drawn({"sample_id": str(number), "clip_id": "a", "bucket": "b", "video_tokens": 8}, 0)
-    return batches.training_sample(Reader(), drawn, seed=0, one_step_share=share)
+    drawn = latent_reader.Drawn(
+        {"sample_id": str(number), "clip_id": "a", "bucket": "b", "video_tokens": 8}, 0
+    )
+    return latent_reader.training_sample(Reader(), drawn, seed=0, one_step_share=share)
 
 
 def test_a_share_of_the_samples_is_pure_noise_beside_a_clean_condition():
@@ -42,9 +45,9 @@ def test_a_share_of_the_samples_is_pure_noise_beside_a_clean_condition():
     assert 40 < taken < 80
 
 
-def batch_at(times: list[float]) -> batches.Batch:
+def batch_at(times: list[float]) -> latent_reader.Batch:
     torch.manual_seed(0)
-    return batches.Batch(
+    return latent_reader.Batch(
         video=torch.randn(ROWS, 33),
         target=torch.randn(ROWS, 16),
         text=torch.zeros(2, 4),
@@ -58,8 +61,8 @@ def batch_at(times: list[float]) -> batches.Batch:
 
 
 def test_the_pixel_loss_is_that_of_the_decoded_estimate_and_only_at_time_1000(tmp_path):
-    config = one_step.OneStepConfig(share=1.0, vae=save_vae(tmp_path / "vae"), pixel_weight=2.0)
-    loss = one_step.PixelLoss(config, torch.device("cpu"), torch.float32)
+    config = one_step_loss.OneStepConfig(share=1.0, vae=save_vae(tmp_path / "vae"), pixel_weight=2.0)
+    loss = one_step_loss.PixelLoss(config, torch.device("cpu"), torch.float32)
     batch = batch_at([MAX_TIME, 400.0])
     assert loss(batch, batch.target).tolist() == [0.0, 0.0]
     velocity = (batch.target + 0.5 * torch.randn_like(batch.target)).requires_grad_()

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline import train_log
-from tests.pipeline.test_training import dit_config
+from pipeline.training.runs import run_log
+from tests.pipeline.training.runs.test_train_dit import dit_config
 
 STEP = {"loss": 0.5, "gradient_norm": 2.0, "samples": 8, "seconds": 0.25, "wait_share": 0.01}
 
@@ -31,7 +31,7 @@ def events(output) -> EventAccumulator:
 
 
 def test_a_step_is_one_line_and_its_details_are_in_tensorboard(tmp_path, capsys):
-    log = train_log.Log(f"file://{tmp_path}", "dit", 4, [])
+    log = run_log.Log(f"file://{tmp_path}", "dit", 4, [])
     for step in range(2):
         log.step(step, "small", STEP, {"loss_by_time/200": 0.7})
     log.close()
@@ -44,7 +44,7 @@ def test_a_step_is_one_line_and_its_details_are_in_tensorboard(tmp_path, capsys)
 
 
 def test_a_resumed_log_goes_on_counting_samples(tmp_path):
-    log = train_log.Log(f"file://{tmp_path}", "dit", 4, [{"step": 0, "stage": "small", **STEP}])
+    log = run_log.Log(f"file://{tmp_path}", "dit", 4, [{"step": 0, "stage": "small", **STEP}])
     log.step(1, "small", STEP)
     log.close()
     assert events(tmp_path).Scalars("samples_seen")[-1].value == 16
@@ -53,7 +53,7 @@ def test_a_resumed_log_goes_on_counting_samples(tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_costs_curves_and_not_the_training(tmp_path, capsys):
     """No file may grow beyond 2 kB for a while: writes fail as they do on a full disk."""
-    log = train_log.Log(f"file://{tmp_path}", "dit", 400, [])
+    log = run_log.Log(f"file://{tmp_path}", "dit", 400, [])
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
@@ -73,7 +73,7 @@ def test_a_full_disk_costs_curves_and_not_the_training(tmp_path, capsys):
 
 
 def test_validation_pictures_are_in_tensorboard(tmp_path, capsys):
-    log = train_log.Log(f"file://{tmp_path}", "dit", 4, [])
+    log = run_log.Log(f"file://{tmp_path}", "dit", 4, [])
     log.validation(2, {"psnr": 20.0}, {"one": np.zeros((8, 24, 3), np.uint8)})
     log.close()
     assert "validation after step 2: psnr 20" in capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_validation_pictures_are_in_tensorboard(tmp_path, capsys):
 
 
 def test_losses_are_told_apart_by_time_and_by_bucket():
-    breakdown = train_log.Breakdown(["a", "b"], torch.device("cpu"))
+    breakdown = run_log.Breakdown(["a", "b"], torch.device("cpu"))
     breakdown.add(torch.tensor([1.0, 3.0]), torch.tensor([10.0, 150.0]), ["a", "a"])
     breakdown.add(torch.tensor([5.0]), torch.tensor([1000.0]), ["b"])
     assert breakdown.means() == {
@@ -104,8 +104,8 @@ def test_weights_and_biases_get_the_same_numbers_by_config(tmp_path, monkeypatch
     fake.Image = lambda picture: picture.shape
     fake.finish = lambda: logged.append("finished")
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    train_log.check_wandb("restoration")
-    log = train_log.Log(f"file://{tmp_path}", "dit", 4, [], "restoration", {"seed": 3})
+    run_log.check_wandb("restoration")
+    log = run_log.Log(f"file://{tmp_path}", "dit", 4, [], "restoration", {"seed": 3})
     log.step(0, "small", STEP)
     log.validation(1, {"psnr": 20.0}, {"one": np.zeros((8, 24, 3), np.uint8)})
     log.close()

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from model.flow import MAX_TIME
 from model.vae.autoencoder import CausalVideoAutoencoder
-from pipeline.batches import Batch
 from pipeline.store import schema, storage
+from pipeline.training.samples.latent_reader import Batch
 from pipeline.weights import weights_folder
 
 

@@ -23,9 +23,10 @@ from model.operations import (
 )
 from model.packing import patch_grids
 from model.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
-from pipeline import sample_stream, train_dit
 from pipeline.data import cropping
 from pipeline.store import schema, storage
+from pipeline.training.runs import train_dit
+from pipeline.training.samples import sample_order
 from pipeline.weights import backbones
 
 PAPER_GPUS, PAPER_GPU_HOURS = 256, 30_000
@@ -98,7 +99,7 @@ class Sample:
 def kept_values(model: Config, sample: Sample, cuda: bool) -> tuple[float, float]:
     """Values kept for the backward pass, of one layer: (with everything kept, with its input only).
 
-    Per token, in widths: what autograd saves in `Block` (tests/pipeline/test_plan.py counts it there). The
+    Per token, in widths: what autograd saves in `Block` (test_cost_plan.py counts it there). The
     CPU's attention keeps its result twice. Vectors of a sample and statistics of a token are left out.
     """
     grid = patch_grids([sample.shape], model.patch)[0]
@@ -290,9 +291,9 @@ def simulated_packs(
                 }
             )
     table = pa.Table.from_pylist(rows)
-    sample_stream.check_budget(table, stage.tokens_per_pack, stage.name)
-    stream = sample_stream.SampleStream(table, 0, model)
-    packed = sample_stream.pack_step(stream, 0, 8, stage.tokens_per_pack)
+    sample_order.check_budget(table, stage.tokens_per_pack, stage.name)
+    stream = sample_order.SampleStream(table, 0, model)
+    packed = sample_order.pack_step(stream, 0, 8, stage.tokens_per_pack)
     return [[kinds[int(stream[one].row["file"])][0] for one in pack] for pack in packed.packs]
 
 

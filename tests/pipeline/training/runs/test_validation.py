@@ -9,13 +9,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from model.text import TINY_ENCODERS
-from pipeline import train_dit, validation
 from pipeline.data import precompute
 from pipeline.data.cropping import Bucket
 from pipeline.store import schema
+from pipeline.training.runs import train_dit, validation
 from tests.pipeline.data_root import make_data_root
-from tests.pipeline.test_training import dit_config, history, stage_config
 from tests.pipeline.tiny_models import save_vae
+from tests.pipeline.training.runs.test_train_dit import dit_config, history, stage_config
 
 
 def test_the_largest_samples_are_shown_each_clip_once():

@@ -18,18 +18,19 @@ from torch import Tensor
 from model.discriminator import DiscriminatorConfig, VideoDiscriminator
 from model.lpips import Lpips
 from model.vae.autoencoder import CausalVideoAutoencoder
-from pipeline import train_vae, training, vae_objective
 from pipeline.data.cropping import Bucket
 from pipeline.runtime.job_config import parse
 from pipeline.store import schema, storage
-from pipeline.vae_objective import AdversarialConfig
+from pipeline.training.objectives import vae_loss
+from pipeline.training.objectives.vae_loss import AdversarialConfig
+from pipeline.training.runs import train_vae, trainer
 from pipeline.video import pixel_range
 from pipeline.weights import weights_folder
 from tests.pipeline.data_root import make_data_root
 from tests.pipeline.processes import kill_tree
 from tests.pipeline.tiny_models import VAE, save_vae
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 LPIPS_WIDTHS = (4, 4, 8, 8, 8)  # VGG16's levels, narrow
 WORKERS = 2
 # The discriminator trains from step 1 and counts from step 4, so in 20 of 24 steps.
@@ -72,8 +73,8 @@ def vae_config(data: str, output: Path, **changes) -> train_vae.TrainVaeConfig:
             train_vae.VaeStageConfig(Bucket(9, 32, 32), 10, 5e-6, crops_per_worker=2),
         ],
         "perceptual": "none",
-        "optimiser": training.OptimiserConfig(weight_decay=0.0, warmup_steps=2, ema_decay=0.9),
-        "scale": training.ScaleConfig(num_workers=WORKERS),
+        "optimiser": trainer.OptimiserConfig(weight_decay=0.0, warmup_steps=2, ema_decay=0.9),
+        "scale": trainer.ScaleConfig(num_workers=WORKERS),
         "image_share": 0.4,
         "crops_per_read": 1,
         "heldout_crops": 2,
@@ -117,7 +118,7 @@ def plain_history(config: train_vae.TrainVaeConfig) -> list[dict[str, float]]:
     vae = train_vae.initial_autoencoder(config)
     torch.manual_seed(schema.stable_hash(config.seed, "discriminator"))
     judge = VideoDiscriminator(adversarial.discriminator)
-    lpips = vae_objective.load_perceptual(config.perceptual)
+    lpips = vae_loss.load_perceptual(config.perceptual)
     adam = torch.optim.AdamW(vae.parameters(), betas=config.optimiser.betas, weight_decay=0.0)
     judge_adam = torch.optim.AdamW(judge.parameters(), betas=adversarial.betas, weight_decay=0.0)
     rows = []
@@ -125,7 +126,7 @@ def plain_history(config: train_vae.TrainVaeConfig) -> list[dict[str, float]]:
         results = [plain_reconstructions(config, vae, step, rank, crops) for rank, crops in enumerate(ranks)]
         warmup = config.optimiser.warmup_steps
         row, loss = plain_autoencoder_loss(config, vae, judge, lpips, step, results)
-        plain_update(adam, loss, training.warmed_up(stage.learning_rate, number, warmup))
+        plain_update(adam, loss, trainer.warmed_up(stage.learning_rate, number, warmup))
         if step >= adversarial.start_step:
             pairs = [(video, found.detach()) for result in results for video, found, _, _ in result]
             real = torch.stack([F.relu(1 - judge(video)).mean() for video, _ in pairs]).mean()
@@ -133,7 +134,7 @@ def plain_history(config: train_vae.TrainVaeConfig) -> list[dict[str, float]]:
             row["generator"] = -torch.stack([judge(found).mean() for _, found in pairs]).mean().item()
             row["discriminator"] = 0.5 * (real + fake).item()
             trained = step - adversarial.start_step
-            rate = training.warmed_up(adversarial.learning_rate, trained, warmup)
+            rate = trainer.warmed_up(adversarial.learning_rate, trained, warmup)
             plain_update(judge_adam, 0.5 * (real + fake), rate)
         rows.append(row)
     return rows
@@ -216,7 +217,7 @@ def test_twenty_gan_steps_of_two_workers_give_the_losses_of_plain_torch(
         perceptual=save_lpips(tmp_path),
         kl_weight=1e-3,
         adversarial=ADVERSARIAL,
-        scale=training.ScaleConfig(num_workers=WORKERS, zero_stage=zero_stage),
+        scale=trainer.ScaleConfig(num_workers=WORKERS, zero_stage=zero_stage),
     )
     train_vae.run(config)
     steps, expected = history(tmp_path)["steps"], plain_history(config)
@@ -292,8 +293,8 @@ def test_the_autoencoder_trains_on_videos_and_images_and_its_loss_falls(data, tm
             train_vae.VaeStageConfig(Bucket(5, 32, 32), 30, 2e-3, crops_per_worker=4),
             train_vae.VaeStageConfig(Bucket(9, 32, 32), 5, 1e-3, crops_per_worker=2),
         ],
-        optimiser=training.OptimiserConfig(ema_decay=0.9, weight_decay=0.0),
-        scale=training.ScaleConfig(num_workers=2),
+        optimiser=trainer.OptimiserConfig(ema_decay=0.9, weight_decay=0.0),
+        scale=trainer.ScaleConfig(num_workers=2),
         heldout_crops=8,
         checkpoint_every=20,
     )
@@ -371,14 +372,14 @@ def test_lpips_of_the_hub_comes_from_its_cache_where_that_is_filled(tmp_path, mo
     save_lpips(tmp_path)
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True)
-    for own, (_, cached_name) in vae_objective._HUB.items():
+    for own, (_, cached_name) in vae_loss._HUB.items():
         (cache / cached_name).write_bytes((tmp_path / own).read_bytes())
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    network, expected = (vae_objective.load_perceptual(name) for name in ("hub", f"file://{tmp_path}"))
+    network, expected = (vae_loss.load_perceptual(name) for name in ("hub", f"file://{tmp_path}"))
     assert network is not None and expected is not None
     picture, truth = torch.rand(2, 1, 3, 16, 16)
     assert torch.equal(network(picture, truth), expected(picture, truth))
-    assert vae_objective.load_perceptual("none") is None
+    assert vae_loss.load_perceptual("none") is None
 
 
 class OneProcess:
@@ -401,12 +402,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_anything_moves():
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        engine = OneProcess(vae_objective.Pass(CausalVideoAutoencoder(VAE)))
+        engine = OneProcess(vae_loss.Pass(CausalVideoAutoencoder(VAE)))
         judge = OneProcess(VideoDiscriminator(ADVERSARIAL.discriminator))
-        objective = vae_objective.Objective(engine, None, judge, 1e-3, 1.0, ADVERSARIAL)
+        objective = vae_loss.Objective(engine, None, judge, 1e-3, 1.0, ADVERSARIAL)
         video = torch.rand(1, 3, 1, 16, 16)
-        noise = vae_objective.latent_noise(VAE, video, torch.Generator())
-        group = vae_objective.Group(video, noise, share=1.0)
+        noise = vae_loss.latent_noise(VAE, video, torch.Generator())
+        group = vae_loss.Group(video, noise, share=1.0)
         assert objective.step(7, [group])["gan"] == 1.0
         broken = dataclasses.replace(group, video=video * torch.nan)
         with pytest.raises(FloatingPointError, match=r"step 9: .*l1 nan.*learning_rate"):

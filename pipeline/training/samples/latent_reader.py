@@ -18,9 +18,9 @@ from torch import Tensor
 
 from model import flow, text
 from pipeline.data import text_embeddings
-from pipeline.sample_stream import Drawn, SampleStream, pack_step
 from pipeline.store import bf16_columns, schema, storage
 from pipeline.store.id_index import Lookup, id_array
+from pipeline.training.samples.sample_order import Drawn, SampleStream, pack_step
 
 Shape = tuple[int, int, int]
 _CACHE_BYTES = 2**30

@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.swin_mmdit import SD3_MEDIUM
-from pipeline import balance, sample_stream
-from pipeline.sample_stream import SampleStream, pack_step
 from pipeline.store import schema
+from pipeline.training.samples import pack_balance, sample_order
+from pipeline.training.samples.sample_order import SampleStream, pack_step
 from tests.pipeline.tiny_models import DIT
 
 SIZES = [(1, 64, 64), (5, 64, 64), (9, 96, 96), (13, 128, 128)]
@@ -73,7 +73,7 @@ def test_epochs_and_seeds_give_other_orders():
 
 def test_large_data_is_read_row_group_by_row_group(monkeypatch):
     """Within a window that a reader keeps, and each window once."""
-    monkeypatch.setattr(sample_stream, "_WINDOW_TOKENS", 2000)
+    monkeypatch.setattr(sample_order, "_WINDOW_TOKENS", 2000)
     stream = stream_of(index(400), seed=0)
     groups = stream.row_groups[stream.numbers(0, 400)].tolist()
     lengths = [max(i for i, g in enumerate(groups) if g == one) - groups.index(one) for one in set(groups)]
@@ -102,7 +102,7 @@ def test_packs_are_never_empty_nor_above_the_budget(count, packs, budget, seed):
 
 def test_a_budget_below_the_largest_sample_is_one_clear_error():
     with pytest.raises(ValueError, match=r"stages\.big: tokens_per_pack is 100.*13x128x128.*256 tokens"):
-        sample_stream.check_budget(index(8), 100, "big")
+        sample_order.check_budget(index(8), 100, "big")
 
 
 def paper_index(count: int) -> pa.Table:
@@ -146,6 +146,6 @@ def test_ranks_get_equal_work_at_the_papers_scale():
 
 def test_packs_are_balanced_by_cost_and_not_by_tokens():
     costs, tokens = np.array([4.0, 1, 1, 1, 1, 1]), np.array([2, 1, 1, 1, 1, 1])
-    packs = balance.fill_packs(costs, tokens, np.arange(6), packs=2, tokens_per_pack=4)
+    packs = pack_balance.fill_packs(costs, tokens, np.arange(6), packs=2, tokens_per_pack=4)
     assert sorted(packs[0] + packs[1]) == list(range(5))
     assert sorted(costs[pack].sum() for pack in packs) == [4, 4]

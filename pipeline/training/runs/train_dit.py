@@ -18,22 +18,23 @@ from torch.func import functional_call
 
 from model import checkpoints, operations
 from model.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
-from pipeline import (
-    batches,
-    online,
-    sample_stream,
-    train_log,
-    training,
-)
-from pipeline.checkpoint import Checkpoints, from_rank_0
 from pipeline.data import text_embeddings
-from pipeline.faults import FaultConfig, Orders, StepGuard, StoppedError, outcome
-from pipeline.one_step import OneStepConfig, PixelLoss
-from pipeline.online import OnlineConfig, OnlineReader
 from pipeline.runtime import stage
 from pipeline.store import schema, storage
-from pipeline.train_state import MovingAverage
-from pipeline.validation import Validation, ValidationConfig
+from pipeline.training.objectives.one_step_loss import OneStepConfig, PixelLoss
+from pipeline.training.runs import run_log, trainer
+from pipeline.training.runs.validation import Validation, ValidationConfig
+from pipeline.training.samples import latent_reader, online_latents, sample_order
+from pipeline.training.samples.online_latents import OnlineConfig, OnlineReader
+from pipeline.training.state.checkpoint import Checkpoints, from_rank_0
+from pipeline.training.state.control import (
+    FaultConfig,
+    Orders,
+    StepGuard,
+    StoppedError,
+    outcome,
+)
+from pipeline.training.state.zero_fragments import MovingAverage
 from pipeline.weights import backbones, weights_folder
 
 NAME = "dit"
@@ -77,9 +78,9 @@ class TrainDitConfig:
     """the network to go on from, ours or a released one"""
     sd3: str | None = None
     """with `model`: start from SD3's transformer; URL of its safetensors file or of diffusers' folder"""
-    optimiser: training.OptimiserConfig = dataclasses.field(default_factory=training.OptimiserConfig)
+    optimiser: trainer.OptimiserConfig = dataclasses.field(default_factory=trainer.OptimiserConfig)
     """AdamW, clipping, warm-up, moving average"""
-    scale: training.ScaleConfig = dataclasses.field(default_factory=training.ScaleConfig)
+    scale: trainer.ScaleConfig = dataclasses.field(default_factory=trainer.ScaleConfig)
     """workers and ZeRO"""
     faults: FaultConfig = dataclasses.field(default_factory=FaultConfig)
     """steps that are skipped"""
@@ -119,7 +120,7 @@ class TrainDitConfig:
                     f"packs_per_step: {self.packs_per_step} is no multiple of {workers}, which "
                     f"scale.num_workers ({self.scale.num_workers}) allows"
                 )
-        train_log.check_wandb(self.wandb)
+        run_log.check_wandb(self.wandb)
         if not self.stages:
             raise ValueError("stages: give at least one")
         if (self.model is None) == (self.initial is None):
@@ -149,8 +150,8 @@ def rows_of(index: pa.Table, config: StageConfig, split: str) -> pa.Table:
 def index_of(config: TrainDitConfig) -> pa.Table:
     """Every sample there is."""
     if config.online is None:
-        return batches.read_index(config.data)
-    return online.index_of(online.planned_samples(config.online, config.data, config.seed))
+        return latent_reader.read_index(config.data)
+    return online_latents.index_of(online_latents.planned_samples(config.online, config.data, config.seed))
 
 
 def check_data(config: TrainDitConfig) -> None:
@@ -172,7 +173,7 @@ def check_data(config: TrainDitConfig) -> None:
         weights_folder.weights_hash(config.validation.vae)  # says what is wrong with it
     for stage_config in config.stages:
         rows = rows_of(index, stage_config, "train")
-        sample_stream.check_budget(rows, stage_config.tokens_per_pack, stage_config.name)
+        sample_order.check_budget(rows, stage_config.tokens_per_pack, stage_config.name)
         rows_of(index, stage_config, "held_out")
         if stage_config.one_step is not None and stage_config.one_step.vae is not None:
             weights_folder.weights_hash(stage_config.one_step.vae)  # says what is wrong with it
@@ -182,13 +183,13 @@ def check_data(config: TrainDitConfig) -> None:
 class HeldOut:
     """The fixed set on which a stage is measured before and after."""
 
-    packs: list[batches.Batch]
+    packs: list[latent_reader.Batch]
     triples: int
     set_hash: str
 
 
 def held_out_set(
-    reader: batches.Reader,
+    reader: latent_reader.Reader,
     rows: pa.Table,
     config: TrainDitConfig,
     stage_config: StageConfig,
@@ -199,22 +200,22 @@ def held_out_set(
     times = (1000 * torch.sigmoid(torch.special.ndtri(quantiles))).tolist()
     ordered = rows.sort_by("sample_id").slice(0, count).to_pylist()
     # Epoch -1-i: draws that no training step uses.
-    drawn = [sample_stream.Drawn(ordered[i % len(ordered)], -1 - i) for i in range(count)]
+    drawn = [sample_order.Drawn(ordered[i % len(ordered)], -1 - i) for i in range(count)]
     packs: list[list[dict[str, Any]]] = [[]]
     load = 0
     for one, timestep in zip(drawn, times, strict=True):
         if packs[-1] and load + one.tokens > stage_config.tokens_per_pack:
             packs.append([])
             load = 0
-        packs[-1].append(batches.training_sample(reader, one, config.seed, False, timestep))
+        packs[-1].append(latent_reader.training_sample(reader, one, config.seed, False, timestep))
         load += one.tokens
     names = [(one.row["sample_id"], one.epoch, timestep) for one, timestep in zip(drawn, times, strict=True)]
     set_hash = schema.stable_id(json.dumps(names), config.seed)
-    return HeldOut([batches.collate(pack) for pack in packs], count, set_hash)
+    return HeldOut([latent_reader.collate(pack) for pack in packs], count, set_hash)
 
 
 def forward(
-    model: torch.nn.Module, batch: batches.Batch, parameters: dict[str, Tensor] | None = None
+    model: torch.nn.Module, batch: latent_reader.Batch, parameters: dict[str, Tensor] | None = None
 ) -> Tensor:
     """Velocity of a batch, with the given parameters in place of the model's own if there are any."""
     arguments = (
@@ -235,10 +236,10 @@ def held_out_loss(
     """Mean over the triples of the moving average's loss; ranks share the packs."""
     dtype = next(iter(average.values())).dtype
     total = torch.zeros(1, device=device)
-    for pack in held_out.packs[training.rank() :: training.world_size()]:
+    for pack in held_out.packs[trainer.rank() :: trainer.world_size()]:
         batch = pack.to(device, dtype)
         total += batch.sample_losses(forward(model, batch, average)).sum()
-    return float(training.all_reduced(total)) / held_out.triples
+    return float(trainer.all_reduced(total)) / held_out.triples
 
 
 def network(config: TrainDitConfig) -> weights_folder.Transformer:
@@ -251,7 +252,7 @@ def network(config: TrainDitConfig) -> weights_folder.Transformer:
         local = storage.local_copy if weights_folder.is_released_file(config.sd3) else storage.local_folder
         with tempfile.TemporaryDirectory() as folder, local(config.sd3, folder) as path:
             report = checkpoints.load_sd3_transformer(model, path)
-        if training.rank() == 0:
+        if trainer.rank() == 0:
             print(report, flush=True)
     return model
 
@@ -268,7 +269,7 @@ class Run:
 
     def __init__(self, config: TrainDitConfig, desk: Any) -> None:
         self.config = config
-        self.device = training.setup_worker(config.scale)
+        self.device = trainer.setup_worker(config.scale)
         self.reader = self.make_reader()
         torch.manual_seed(config.seed)  # equal weights on every rank
         model = network(config).train().requires_grad_(True)
@@ -277,11 +278,9 @@ class Run:
         if config.compile_mlps:
             assert isinstance(model, SwinMMDiT)  # check_data has checked
             model.compile_mlps()
-        accumulation = config.packs_per_step // training.world_size()
+        accumulation = config.packs_per_step // trainer.world_size()
         self.hollow = hollow(model)
-        self.engine = training.make_engine(
-            model.to(self.device), config.scale, config.optimiser, accumulation
-        )
+        self.engine = trainer.make_engine(model.to(self.device), config.scale, config.optimiser, accumulation)
         self.average = MovingAverage(self.engine, config.optimiser.ema_decay)
         self.dtype = next(self.engine.module.parameters()).dtype
         fresh: dict[str, Any] = {
@@ -304,7 +303,7 @@ class Run:
         self.guard = StepGuard(self.engine, config.faults, self.state)
         self.orders = Orders(desk)
         self.pixel_loss: PixelLoss | None = None
-        self.log = train_log.Log(
+        self.log = run_log.Log(
             config.output,
             NAME,
             config.total_steps,
@@ -314,9 +313,9 @@ class Run:
         )
         self.peak = self.measured_peak()
 
-    def make_reader(self) -> batches.Reader:
+    def make_reader(self) -> latent_reader.Reader:
         if self.config.online is None:
-            return batches.LatentReader(self.config.data)
+            return latent_reader.LatentReader(self.config.data)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         return OnlineReader(self.config.online, self.config.data, self.config.seed, self.device, dtype)
 
@@ -340,16 +339,16 @@ class Run:
                 }
             )
         rows = rows_of(index, config, "train")
-        stream = sample_stream.SampleStream(rows, self.config.seed, self.engine.module.config)
-        steps = training.prefetched(
-            batches.rank_steps(
+        stream = sample_order.SampleStream(rows, self.config.seed, self.engine.module.config)
+        steps = trainer.prefetched(
+            latent_reader.rank_steps(
                 self.reader,
                 stream,
                 self.state["position"],
                 self.config.packs_per_step,
                 config.tokens_per_pack,
-                training.rank(),
-                training.world_size(),
+                trainer.rank(),
+                trainer.world_size(),
                 config.one_step_share,
             )
         )
@@ -377,24 +376,24 @@ class Run:
     def samples_of_stage(self) -> pa.Table:
         """The index as rank 0 found it when the stage began. Files that precompute adds later wait for the
         next stage: they would change the order of all samples, on a resume or between ranks."""
-        index = index_of(self.config) if training.rank() == 0 else None
+        index = index_of(self.config) if trainer.rank() == 0 else None
         if self.state["stage_step"] == 0:
             own = None if index is None else index["file"].unique().to_pylist()
             self.state["files"] = from_rank_0(own)
         if index is None:  # read after rank 0's: it holds all that rank 0 found
             index = index_of(self.config)
-        return sample_stream.of_files(index, self.state["files"])
+        return sample_order.of_files(index, self.state["files"])
 
     def train_step(self, config: StageConfig, steps: Any) -> None:
         start = time.monotonic()
-        rate = training.scheduled(
+        rate = trainer.scheduled(
             config.learning_rate, self.state["stage_step"], config.steps, self.config.optimiser
         )
-        training.set_learning_rate(self.engine, rate)
-        step: batches.Step = next(steps)
+        trainer.set_learning_rate(self.engine, rate)
+        step: latent_reader.Step = next(steps)
         waited_s = time.monotonic() - start
         summed = torch.zeros(3, device=self.device)  # losses, tokens, operations / 10^12
-        breakdown = train_log.Breakdown(config.buckets, self.device)
+        breakdown = run_log.Breakdown(config.buckets, self.device)
         for batch in step.batches:
             batch = batch.to(self.device, self.dtype)
             velocity = forward(self.engine, batch)
@@ -409,7 +408,7 @@ class Run:
             summed += torch.cat([losses.detach().sum()[None], counts.to(self.device)])
         if self.guard.took_step():
             self.average.update(self.state["step"])
-        loss, token_count, tera_operations = training.all_reduced(summed).tolist()
+        loss, token_count, tera_operations = trainer.all_reduced(summed).tolist()
         details = breakdown.means()
         seconds = time.monotonic() - start
         values = {
@@ -435,10 +434,10 @@ class Run:
         one = self.config.peak_tflops
         if one is None and self.device.type != "cpu":
             return None
-        own = one or train_log.measured_peak() / 1e12
-        return float(training.all_reduced(torch.tensor([own], device=self.device)))
+        own = one or run_log.measured_peak() / 1e12
+        return float(trainer.all_reduced(torch.tensor([own], device=self.device)))
 
-    def tera_operations(self, batch: batches.Batch) -> float:
+    def tera_operations(self, batch: latent_reader.Batch) -> float:
         """Counted 10^12 operations of a pack's forward and backward passes; nothing recomputed counts."""
         model: Any = self.engine.module.config
         samples = zip(batch.video_shapes, batch.text_lengths, strict=True)
@@ -471,8 +470,8 @@ class Run:
         self.log.close()
         self.orders.saved(over=True)
         average = self.average.collected()
-        if training.rank() == 0:
-            url = storage.join(self.config.output, training.WEIGHTS, NAME)
+        if trainer.rank() == 0:
+            url = storage.join(self.config.output, trainer.WEIGHTS, NAME)
             about = {key: self.state[key] for key in ("step", "initial", "held_out")}
             model = self.engine.module
             whole = {**dict(model.named_buffers()), **average}
@@ -482,7 +481,7 @@ class Run:
             )
             history = {"steps": self.state["history"], "held_out": self.state["held_out"]}
             history["validation"] = self.state.get("validation", [])
-            storage.write_json(storage.join(url, training.HISTORY), history)
+            storage.write_json(storage.join(url, trainer.HISTORY), history)
 
 
 def loop(given: dict[str, Any]) -> dict[str, Any] | None:
@@ -497,9 +496,9 @@ def run(config: TrainDitConfig) -> stage.Summary:
 
     def work(summary: stage.Summary) -> None:
         if config.online is not None:
-            online.write_texts(config.online, config.data, config.seed)
+            online_latents.write_texts(config.online, config.data, config.seed)
             check_data(config)
-        training.start_trainer(loop, config, config.scale, config.output, NAME)
-        training.summarise(summary, storage.join(config.output, training.WEIGHTS, NAME))
+        trainer.start_trainer(loop, config, config.scale, config.output, NAME)
+        trainer.summarise(summary, storage.join(config.output, trainer.WEIGHTS, NAME))
 
-    return stage.run_stage("train_dit", storage.join(config.output, training.WEIGHTS, NAME), work)
+    return stage.run_stage("train_dit", storage.join(config.output, trainer.WEIGHTS, NAME), work)

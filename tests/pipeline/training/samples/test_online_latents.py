@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from model.text import TINY_ENCODERS
-from pipeline import batches, online, train_dit
 from pipeline.data import precompute, text_embeddings
 from pipeline.data.cropping import Bucket
 from pipeline.runtime import stage
 from pipeline.store import schema, storage
+from pipeline.training.runs import train_dit
+from pipeline.training.samples import latent_reader, online_latents
 from tests.pipeline.data_root import make_data_root
-from tests.pipeline.test_training import dit_config, losses, stage_config
 from tests.pipeline.tiny_models import save_vae
+from tests.pipeline.training.runs.test_train_dit import dit_config, losses, stage_config
 
 BUCKETS = [Bucket(1, 64, 64), Bucket(5, 64, 64)]
 
@@ -25,14 +26,14 @@ def run_here(pending, task, name, concurrency=None, constructor_args=(), **resou
 
 
 @pytest.fixture(scope="module")
-def roots(tmp_path_factory) -> tuple[str, str, online.OnlineConfig]:
+def roots(tmp_path_factory) -> tuple[str, str, online_latents.OnlineConfig]:
     """The same clips twice: with latents and, of the other, only clips/ and selection/."""
     vae = save_vae(tmp_path_factory.mktemp("vae"))
     urls = [
         make_data_root(tmp_path_factory.mktemp("data"), ["cup.mp4", "fig.jpg"], ["box.mp4", "cat.jpg"])
         for _ in range(2)
     ]
-    config = online.OnlineConfig(vae=vae, buckets=BUCKETS, text=TINY_ENCODERS)
+    config = online_latents.OnlineConfig(vae=vae, buckets=BUCKETS, text=TINY_ENCODERS)
     stored = precompute.PrecomputeConfig(data=urls[0], vae=vae, text=TINY_ENCODERS, buckets=BUCKETS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "run_shards", run_here)
@@ -43,23 +44,23 @@ def roots(tmp_path_factory) -> tuple[str, str, online.OnlineConfig]:
         )
         kept, folder = text_embeddings.KeptClips(urls[0]), storage.join(urls[0], schema.LATENTS)
         precompute._make(stored, kept, folder, stage.Summary("precompute"))
-        online.write_texts(config, urls[1], seed=0)
+        online_latents.write_texts(config, urls[1], seed=0)
     return urls[0], urls[1], config
 
 
-def reader_of(url: str, config: online.OnlineConfig) -> online.OnlineReader:
-    return online.OnlineReader(config, url, 0, torch.device("cpu"), torch.float32)
+def reader_of(url: str, config: online_latents.OnlineConfig) -> online_latents.OnlineReader:
+    return online_latents.OnlineReader(config, url, 0, torch.device("cpu"), torch.float32)
 
 
 def test_the_first_epoch_is_what_precompute_stores_and_later_ones_are_new(roots):
     stored_url, online_url, config = roots
-    index = batches.read_index(stored_url)
-    made = online.index_of(online.planned_samples(config, online_url, seed=0))
+    index = latent_reader.read_index(stored_url)
+    made = online_latents.index_of(online_latents.planned_samples(config, online_url, seed=0))
     shared = ["sample_id", "clip_id", "split", "bucket", "video_tokens", "text_tokens"]
     assert sorted(made.select(shared).to_pylist(), key=str) == sorted(
         index.select(shared).to_pylist(), key=str
     )
-    stored, reader = batches.LatentReader(stored_url), reader_of(online_url, config)
+    stored, reader = latent_reader.LatentReader(stored_url), reader_of(online_url, config)
     for row in index.to_pylist():
         for ours, theirs in zip(reader.latents(row, 0), stored.latents(row, 0), strict=True):
             assert torch.equal(ours, theirs)

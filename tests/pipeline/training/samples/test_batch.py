@@ -2,12 +2,12 @@ import dataclasses
 
 import torch
 
-from pipeline import batches
+from pipeline.training.samples import latent_reader
 
 
-def fake_batch(shapes, target) -> batches.Batch:
+def fake_batch(shapes, target) -> latent_reader.Batch:
     rows = sum(t * h * w for t, h, w in shapes)
-    return batches.Batch(
+    return latent_reader.Batch(
         video=torch.zeros(rows, 33),
         target=target,
         text=torch.zeros(2, 4),
@@ -35,11 +35,11 @@ def test_the_loss_of_a_step_is_the_mean_over_its_samples_however_they_are_packed
 
 
 def test_a_samples_draws_do_not_depend_on_its_place():
-    one = torch.rand(4, generator=batches.draw_generator(0, 2, "abc"))
-    again = torch.rand(4, generator=batches.draw_generator(0, 2, "abc"))
+    one = torch.rand(4, generator=latent_reader.draw_generator(0, 2, "abc"))
+    again = torch.rand(4, generator=latent_reader.draw_generator(0, 2, "abc"))
     assert torch.equal(one, again)
     for other in [(1, 2, "abc"), (0, 3, "abc"), (0, 2, "abd")]:
-        assert not torch.equal(one, torch.rand(4, generator=batches.draw_generator(*other)))
+        assert not torch.equal(one, torch.rand(4, generator=latent_reader.draw_generator(*other)))
 
 
 def test_batches_move_without_touching_the_target_dtype():

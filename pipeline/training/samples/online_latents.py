@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig
-from pipeline import batches
 from pipeline.data import cropping, precompute, text_embeddings
 from pipeline.store import bf16_columns, schema, storage
+from pipeline.training.samples import latent_reader
 from pipeline.weights import weights_folder
 
 
@@ -90,7 +90,7 @@ class OnlineReader:
     ) -> None:
         self._config, self._seed = config.precompute(data_url, seed), seed
         self.planned = planned_samples(config, data_url, seed)
-        texts = batches.LatentReader(data_url)
+        texts = latent_reader.LatentReader(data_url)
         self.texts, self.prompt = texts.texts, texts.prompt
         self._vae = weights_folder.load_vae(config.vae).to(device=device, dtype=dtype).eval()
         self._lock = threading.Lock()  # one decoding process, and the thread that reads ahead is not alone

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import checkpoint
-from pipeline.faults import StoppedError
 from pipeline.store import storage
+from pipeline.training.state import checkpoint
+from pipeline.training.state.control import StoppedError
 from tests.pipeline import object_store
 from tests.pipeline.object_store import BUCKET
 from tests.pipeline.ranks import Run, on_ranks, process_group

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from model import operations
-from pipeline import balance
 from pipeline.store import schema
+from pipeline.training.samples import pack_balance
 
 _WINDOW_TOKENS = 2**21  # of 256 bytes each
 
@@ -129,7 +129,7 @@ class PackedStep:
 
     def imbalance(self, world_size: int) -> float:
         """(max - mean) / mean of the ranks' work, packs going to them in turn."""
-        return balance.imbalance([sum(self.costs[rank::world_size]) for rank in range(world_size)])
+        return pack_balance.imbalance([sum(self.costs[rank::world_size]) for rank in range(world_size)])
 
 
 def pack_step(stream: SampleStream, position: int, packs_per_step: int, tokens_per_pack: int) -> PackedStep:
@@ -142,7 +142,7 @@ def pack_step(stream: SampleStream, position: int, packs_per_step: int, tokens_p
     # One more than fit.
     numbers = numbers[: int(np.searchsorted(np.cumsum(stream.tokens[numbers]), budget, side="right")) + 1]
     costs, tokens, places = stream.costs(numbers), stream.tokens[numbers], stream.row_groups[numbers]
-    packs = balance.fill_packs(costs, tokens, places, packs_per_step, tokens_per_pack)
+    packs = pack_balance.fill_packs(costs, tokens, places, packs_per_step, tokens_per_pack)
     return PackedStep(
         [[position + one for one in pack] for pack in packs],
         [float(costs[pack].sum()) for pack in packs],

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.store import schema, storage
-from pipeline.train_state import (
+from pipeline.training.state.zero_fragments import (
     MOMENTS,
     MovingAverage,
     fragments,

@@ -24,10 +24,10 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
 
-from pipeline import faults
-from pipeline.checkpoint import CHECKPOINTS
 from pipeline.runtime import stage
 from pipeline.store import storage
+from pipeline.training.state import control
+from pipeline.training.state.checkpoint import CHECKPOINTS
 
 WEIGHTS, HISTORY = "weights", "history.json"
 T = TypeVar("T")
@@ -102,11 +102,11 @@ def start_trainer(
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # Here, as Ray Train's controller is: elsewhere it could die with a node that the run does without.
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    desk = ray.remote(num_cpus=0, scheduling_strategy=here)(faults.Desk).remote()
+    desk = ray.remote(num_cpus=0, scheduling_strategy=here)(control.Desk).remote()
     each = {"CPU": scale.cpus_per_worker, **({"GPU": 1} if scale.use_gpu else {})}
     needs = f"{scale.workers[0]} worker(s) of {each}"
     # Typed for users' callbacks only; at run time every callback will do.
-    watch: Any = faults.Watch(desk, needs, scale.wait_for_workers_s)
+    watch: Any = control.Watch(desk, needs, scale.wait_for_workers_s)
     local = not storage_url.startswith("s3://")
     trainer = TorchTrainer(
         loop,
@@ -127,10 +127,10 @@ def start_trainer(
         ),
     )
     try:
-        with faults.sigterm_saves(desk):
+        with control.sigterm_saves(desk):
             result: Any = trainer.fit()
     except ControllerError as error:
-        if isinstance(error.controller_failure, faults.WaitedTooLongError):
+        if isinstance(error.controller_failure, control.WaitedTooLongError):
             raise ValueError(str(error.controller_failure)) from None
         raise
     outcome = result.return_value

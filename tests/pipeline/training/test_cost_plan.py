@@ -11,12 +11,12 @@ import torch
 from model.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT
 from model.operations import Config, forward_operations
 from model.swin_mmdit import TINY, SwinMMDiT, SwinMMDiTConfig
-from pipeline import plan
 from pipeline.data.cropping import Bucket
-from pipeline.plan import PlanConfig, Sample
 from pipeline.runtime.job_config import parse
+from pipeline.training import cost_plan
+from pipeline.training.cost_plan import PlanConfig, Sample
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NARROW: dict[str, Config] = {
     "swin_mmdit": dataclasses.replace(TINY, head_dim=64, text_dim=64),
     "3b": dataclasses.replace(SEEDVR_3B, num_heads=2, width=256, text_dim=64),
@@ -57,7 +57,7 @@ def kept_bytes(config: Config, layers: int) -> int:
 def test_a_layer_keeps_what_autograd_keeps(name):
     config = NARROW[name]
     per_layer = (kept_bytes(config, 5) - kept_bytes(config, 3)) / 2  # one regular, one shifted; not the last
-    expected = 4 * sum(plan.kept_values(config, sample, cuda=False)[0] for sample in PACK)
+    expected = 4 * sum(cost_plan.kept_values(config, sample, cuda=False)[0] for sample in PACK)
     # Norms' and softmax's statistics are not counted: 1% at this width, less at a true one.
     assert expected == pytest.approx(per_layer, rel=0.015)
 
@@ -98,18 +98,18 @@ def test_the_peak_of_a_training_step_is_as_planned(checkpointed):
     config = dataclasses.replace(paper().model or TINY, num_layers=4, num_heads=4, text_dim=64, pooled_dim=64)
     shapes, texts = [(6, 24, 48), (1, 64, 64), (3, 32, 48)], [58, 100, 154]
     pack = [Sample((t, h, w), t * h * w // 4, n) for (t, h, w), n in zip(shapes, texts, strict=True)]
-    expected = plan.activation_bytes(config, pack, cuda=False, checkpointed=checkpointed)
+    expected = cost_plan.activation_bytes(config, pack, cuda=False, checkpointed=checkpointed)
     assert expected == pytest.approx(int(done.stdout), rel=0.15)
 
 
 def test_the_papers_training_fits_and_costs_what_the_paper_says():
     config = paper()
-    parameters = plan.parameter_count(plan.shape_of(config))
-    plans = [plan.plan_stage(config, stage, parameters) for stage in config.stages]
+    parameters = cost_plan.parameter_count(cost_plan.shape_of(config))
+    plans = [cost_plan.plan_stage(config, stage, parameters) for stage in config.stages]
     assert parameters == 2_028_432_448
     assert all(one.memory.total < config.gpu_memory_gb * 1e9 for one in plans)
     gpu_hours = sum(one.hours for one in plans) * config.scale.num_workers
-    assert gpu_hours == pytest.approx(plan.PAPER_GPU_HOURS, rel=0.02)
+    assert gpu_hours == pytest.approx(cost_plan.PAPER_GPU_HOURS, rel=0.02)
     # Windows keep the cost of a token far below six times the parameters: it meets a third of them.
     assert all(one.over_six_parameters < 0.6 for one in plans)
 
@@ -117,8 +117,8 @@ def test_the_papers_training_fits_and_costs_what_the_paper_says():
 def test_hours_follow_from_operations():
     config = paper("--utilisation", "0.5", "--image_share", "0.5")
     stage = config.stages[2]
-    found = plan.plan_stage(config, stage, 1)
-    model = plan.shape_of(config)
+    found = cost_plan.plan_stage(config, stage, 1)
+    model = cost_plan.shape_of(config)
     video = forward_operations(model, (6, 96, 96), 154).total
     image = forward_operations(model, (1, 96, 96), 154).total
     videos = (found.tokens_per_step - found.samples_per_step * 2304) / (13824 - 2304)
@@ -131,7 +131,7 @@ def test_hours_follow_from_operations():
 def test_zero_shards_what_it_says():
     config = paper()
     by_stage = {
-        zero: plan.fixed_memory(
+        zero: cost_plan.fixed_memory(
             dataclasses.replace(config, scale=dataclasses.replace(config.scale, zero_stage=zero)), 10**9
         )
         for zero in (1, 2)
@@ -139,7 +139,7 @@ def test_zero_shards_what_it_says():
     assert by_stage[1].gradients == 2e9 == 256 * by_stage[2].gradients
     assert by_stage[1].weights == by_stage[2].weights == 2e9
     assert by_stage[1].optimiser == 12e9 / 256
-    on_host = plan.fixed_memory(paper("--scale.offload_optimiser", "true"), 10**9)
+    on_host = cost_plan.fixed_memory(paper("--scale.offload_optimiser", "true"), 10**9)
     assert on_host.optimiser == on_host.moving_average == 0
     assert on_host.gradients == by_stage[2].gradients
 
@@ -150,20 +150,20 @@ def test_a_released_model_is_planned_without_its_file():
         ["--config", str(ROOT / "configs/released/train_dit.yaml"), "--data", "file:///x", "--output", "file:///x",
          "--initial.kind", "seedvr-7b", "--initial.weights", "file:///nowhere/seedvr_ema_7b.pth"],
     )  # fmt: skip
-    text = plan.describe(config)
+    text = cost_plan.describe(config)
     assert "8,239,607,872 parameters" in text
     assert "does not fit into 80 GB" not in text or "tokens_per_pack" in text
 
 
 def test_what_does_not_fit_is_said_with_the_way_out():
-    text = plan.describe(paper("--checkpoint_activations", "false", "--compile_mlps", "false"))
+    text = cost_plan.describe(paper("--checkpoint_activations", "false", "--compile_mlps", "false"))
     assert "does not fit into 80 GB: set checkpoint_activations: true" in text
 
 
 def test_native_samples_are_taken_to_be_of_the_assumed_sizes():
     config = paper()
     stage = dataclasses.replace(config.stages[-1], buckets=["native"])
-    assert plan.kinds_of(config, stage) == [
+    assert cost_plan.kinds_of(config, stage) == [
         (Sample((1, 128, 128), 4096, 154), pytest.approx(2 / 3)),
         (Sample((6, 90, 160), 21600, 154), pytest.approx(1 / 3)),
     ]

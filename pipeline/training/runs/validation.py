@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model import flow
-from pipeline import training
-from pipeline.batches import Batch, Reader
 from pipeline.latent_stream import frame_noise
 from pipeline.metrics.niqe import niqe
 from pipeline.metrics.psnr_ssim import full_reference_scores
 from pipeline.store import schema, storage
+from pipeline.training.runs import trainer
+from pipeline.training.samples.latent_reader import Batch, Reader
 from pipeline.video import encoding, pixel_range
 from pipeline.weights import weights_folder
 
@@ -80,7 +80,7 @@ class Validation:
         `output_url`. velocity: the moving average's, of a batch. Ranks share the clips; all must call it."""
         self.vae.to(self.device)
         own: list[tuple[str, dict[str, float], np.ndarray]] = []
-        for row in self.rows[training.rank() :: training.world_size()]:
+        for row in self.rows[trainer.rank() :: trainer.world_size()]:
             hq, lq = self.reader.latents(row, -1)
             versions = [self._pixels(latent) for latent in (lq, self._restored(velocity, row, lq), hq)]
             picture = np.concatenate([frames[len(frames) // 2] for frames in versions], axis=1)
@@ -88,7 +88,7 @@ class Validation:
             storage.write_bytes(url, encoding.png(picture))
             own.append((row["sample_id"], scores(*versions), picture))
         self.vae.to("cpu")
-        gathered: list[Any] = [None] * training.world_size()
+        gathered: list[Any] = [None] * trainer.world_size()
         dist.all_gather_object(gathered, own)
         everything = [entry for part in gathered for entry in part]
         found = [values for _, values, _ in everything]
