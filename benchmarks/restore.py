@@ -33,9 +33,9 @@ import torch
 from benchmarks.memory import reset_peak, status_bytes
 from model.swin_mmdit import TINY, SwinMMDiT
 from model.vae.autoencoder import CausalVideoAutoencoder
-from pipeline import restore
-from pipeline.latent_stream import Chunk
-from pipeline.restore import RestoreActor, RestoreConfig, Sampling
+from pipeline.restoration import restore
+from pipeline.restoration.chunking import Chunk
+from pipeline.restoration.restore import RestoreActor, RestoreConfig, Sampling
 from pipeline.runtime.stage import proportional_memory
 from pipeline.video import decoding, encoding
 from pipeline.weights import weights_folder

@@ -13,7 +13,7 @@ import yaml
 
 from pipeline import report_plots
 from pipeline.report import CEILING, FILES, Comparison, Picture, Pictures, write_report
-from pipeline.restorer import reconstruct
+from pipeline.restoration.restorer import reconstruct
 from pipeline.store import schema, storage
 from pipeline.video import decoding
 from pipeline.weights import weights_folder

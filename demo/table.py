@@ -29,9 +29,9 @@ from pipeline import (
     filters,
     pairs,
     peers,
-    restore,
 )
 from pipeline.metrics.psnr_ssim import psnr
+from pipeline.restoration import restore
 from pipeline.runtime.job_config import parse
 from pipeline.video import decoding
 from pipeline.weights import weights_folder

@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python -m jobs.restore --config configs/demo/r
     --model.vae file:///data/run/weights/vae --model.weights file:///data/run/weights/dit
 """
 
-from pipeline import restore
+from pipeline.restoration import restore
 from pipeline.runtime.job_config import run_job
 
 

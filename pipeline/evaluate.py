@@ -28,8 +28,8 @@ from pipeline.metrics import niqe
 from pipeline.metrics.metric_networks import LearnedMetrics, Networks
 from pipeline.metrics.psnr_ssim import full_reference_scores
 from pipeline.metrics.warping import warping_error
-from pipeline.restore import IMAGE_ENDINGS, MANIFEST, VIDEO_ENDINGS, natural_order
-from pipeline.restorer import reconstruct
+from pipeline.restoration.restore import IMAGE_ENDINGS, MANIFEST, VIDEO_ENDINGS, natural_order
+from pipeline.restoration.restorer import reconstruct
 from pipeline.runtime import stage
 from pipeline.scores import published
 from pipeline.store import storage

@@ -28,7 +28,7 @@ from pipeline.diffusers_vae import CONFIG_FILE, DiffusersAutoencoder
 from pipeline.evaluate import bicubic, media_files, summarise
 from pipeline.metrics import frechet
 from pipeline.metrics.psnr_ssim import full_reference_scores
-from pipeline.restorer import reconstruct
+from pipeline.restoration.restorer import reconstruct
 from pipeline.runtime import stage
 from pipeline.store import storage
 from pipeline.training.objectives.vae_loss import check_perceptual, load_perceptual

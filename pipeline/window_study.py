@@ -12,10 +12,11 @@ import statistics
 from typing import Any
 
 from model.windows import WindowSize
-from pipeline import evaluate, evaluate_tables, pairs, restore
+from pipeline import evaluate, evaluate_tables, pairs
 from pipeline.metrics.metric_networks import LearnedMetrics
-from pipeline.restore_file import Encoding
-from pipeline.restorer import Sampling
+from pipeline.restoration import restore
+from pipeline.restoration.restore_file import Encoding
+from pipeline.restoration.restorer import Sampling
 from pipeline.runtime import stage
 from pipeline.scores import published
 from pipeline.store import storage

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model import flow
-from pipeline.latent_stream import frame_noise
 from pipeline.metrics.niqe import niqe
 from pipeline.metrics.psnr_ssim import full_reference_scores
+from pipeline.restoration.chunking import frame_noise
 from pipeline.store import schema, storage
 from pipeline.training.runs import trainer
 from pipeline.training.samples.latent_reader import Batch, Reader

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import evaluate, evaluate_vae, pairs, restore
+from pipeline import evaluate, evaluate_vae, pairs
 from pipeline.data import filter as filter_stage
 from pipeline.data import ingest, precompute
+from pipeline.restoration import restore
 from pipeline.runtime.job_config import parse
 from pipeline.training.runs import train_dit, train_vae
 

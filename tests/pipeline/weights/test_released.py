@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from model import checkpoints
 from model.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT
-from pipeline import restore
 from pipeline.data import precompute, text_embeddings
 from pipeline.data.cropping import Bucket
-from pipeline.latent_stream import Chunk, frame_noise
-from pipeline.restore import RestoreConfig, Restorer, Sampling
+from pipeline.restoration import restore
+from pipeline.restoration.chunking import Chunk, frame_noise
+from pipeline.restoration.restore import RestoreConfig, Restorer, Sampling
 from pipeline.runtime.job_config import parse
 from pipeline.store import schema, storage
 from pipeline.training import convert

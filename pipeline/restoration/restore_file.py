@@ -1,7 +1,7 @@
-"""One video, image or image sequence -> its restored file: what an actor of `pipeline.restore` does per file.
+"""One video, image or image sequence -> its restored file: what an actor of `restore` does per file.
 
 A video's restored frames go into a closed segment at every chunk; the end joins the segments with the
-source's sound, without encoding again (`pipeline.segments`, `pipeline.video.muxing`).
+source's sound, without encoding again (`pipeline.restoration.resume`, `pipeline.video.muxing`).
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from model import preprocess
-from pipeline.restorer import Restorer, RestoreStream
-from pipeline.segments import Segments
+from pipeline.restoration.restorer import Restorer, RestoreStream
+from pipeline.restoration.resume import Segments
 from pipeline.store import storage
 from pipeline.video import colour, decoding, encoding, muxing
 from pipeline.video.sandbox import Sandbox

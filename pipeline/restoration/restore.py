@@ -2,7 +2,7 @@
 
 One file is one task of an actor that holds the models. A finished file leaves a row in `_manifest/`, so
 that a run that was killed goes on with the files that are missing; a file that cannot be read becomes a
-row with `error` and never ends the job. From Python: `from pipeline.restore import Restorer`.
+row with `error` and never ends the job. From Python: `from pipeline.restoration.restore import Restorer`.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ import ray
 import torch
 
 from model import preprocess
-from pipeline import preview_page
-from pipeline.memory_plan import free_gib, is_out_of_memory, plan_memory, step_down
-from pipeline.restore_file import (
+from pipeline.restoration import preview_page
+from pipeline.restoration.memory_plan import free_gib, is_out_of_memory, plan_memory, step_down
+from pipeline.restoration.restore_file import (
     Encoding,
     Source,
     Target,
@@ -28,9 +28,9 @@ from pipeline.restore_file import (
     restore_image,
     restore_video,
 )
-from pipeline.restorer import STEPS_OF_WORK, Restorer, Sampling
+from pipeline.restoration.restorer import STEPS_OF_WORK, Restorer, Sampling
+from pipeline.restoration.resume import Segments
 from pipeline.runtime import stage
-from pipeline.segments import Segments
 from pipeline.store import schema, storage
 from pipeline.video import decoding
 from pipeline.video.sandbox import Sandbox

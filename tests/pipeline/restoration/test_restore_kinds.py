@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import restore
-from pipeline.restore import Encoding, RestoreActor, RestoreConfig, Sampling
+from pipeline.restoration import restore
+from pipeline.restoration.restore import Encoding, RestoreActor, RestoreConfig, Sampling
 from pipeline.video import decoding, muxing
 from pipeline.weights.backbones import ModelConfig
 from tests.pipeline import tiny_models

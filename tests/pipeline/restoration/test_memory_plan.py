@@ -7,7 +7,13 @@ import torch
 
 from model.swin_mmdit import SwinMMDiT
 from model.vae.autoencoder import FULL_CONFIG, CausalVideoAutoencoder
-from pipeline.memory_plan import MemoryPlan, Models, plan_memory, plans, step_down
+from pipeline.restoration.memory_plan import (
+    MemoryPlan,
+    Models,
+    plan_memory,
+    plans,
+    step_down,
+)
 from tests.pipeline import tiny_models
 
 FULL = Models(FULL_CONFIG, 2 * 250_648_227, 2 * 3_391_475_776, 6912, bytes_per_value=2, device="cuda")

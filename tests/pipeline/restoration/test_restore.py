@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import restore
-from pipeline.restore import RestoreConfig, Restorer, Sampling
+from pipeline.restoration import restore
+from pipeline.restoration.restore import RestoreConfig, Restorer, Sampling
 from pipeline.store import storage
 from pipeline.video import decoding
 from pipeline.video.muxing import stamped_frames

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.latent_stream import Chunk, ChunkBlender, ChunkCutter, ChunkPlan, frame_noise
+from pipeline.restoration.chunking import (
+    Chunk,
+    ChunkBlender,
+    ChunkCutter,
+    ChunkPlan,
+    frame_noise,
+)
 
 
 def numbered(frames: int) -> torch.Tensor:

@@ -21,9 +21,15 @@ from torch import Tensor, nn
 from model import flow, preprocess
 from model.vae.autoencoder import CausalVideoAutoencoder
 from model.vae.causal_conv import StreamMemory, channels_last
-from pipeline import memory_plan
-from pipeline.latent_stream import Chunk, ChunkBlender, ChunkCutter, ChunkPlan, frame_noise
-from pipeline.memory_plan import MemoryPlan, Models
+from pipeline.restoration import memory_plan
+from pipeline.restoration.chunking import (
+    Chunk,
+    ChunkBlender,
+    ChunkCutter,
+    ChunkPlan,
+    frame_noise,
+)
+from pipeline.restoration.memory_plan import MemoryPlan, Models
 from pipeline.store.schema import TEMPORAL_FACTOR
 from pipeline.video import pixel_range
 from pipeline.weights import weights_folder

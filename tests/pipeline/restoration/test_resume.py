@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks import restore as benchmark
-from pipeline import restore
-from pipeline.restore import Encoding, RestoreActor, RestoreConfig, Sampling
+from pipeline.restoration import restore
+from pipeline.restoration.restore import Encoding, RestoreActor, RestoreConfig, Sampling
 from pipeline.store import storage
 from pipeline.video import decoding, muxing
 from pipeline.weights.backbones import ModelConfig
@@ -112,7 +112,7 @@ def run_alone(models: ModelConfig, source: Path, target: Path) -> None:
 
 def start(models: ModelConfig, source: Path, target: Path) -> subprocess.Popen:
     program = (
-        f"from tests.pipeline.test_restore_resume import *; "
+        f"from tests.pipeline.restoration.test_resume import *; "
         f"run_alone({models!r}, Path({str(source)!r}), Path({str(target)!r}))"
     )
     return subprocess.Popen([sys.executable, "-c", program])
