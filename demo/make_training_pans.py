@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from demo.held_out import MEDIA
-from pipeline import pairs
+from pipeline.evaluation import synthetic_pairs
 from pipeline.video import decoding
 
 STILLS = (
@@ -51,7 +51,7 @@ def main() -> None:
     for name, move in zip(STILLS, itertools.cycle(MOVES_PX)):
         frames = moved(decoding.load_image(str(MEDIA / name)), *move)
         file = f"file://{out}/{Path(name).stem}.mkv"
-        pairs.write_lossless(file, frames, 25.0, is_image=False)
+        synthetic_pairs.write_lossless(file, frames, 25.0, is_image=False)
         print(f"{file}: {frames.shape[2]}x{frames.shape[1]}, {len(frames)} frames")
 
 

@@ -3,8 +3,8 @@
     python -m demo.table                        (weights: demo/weights, with vae/ and dit/)
     python -m demo.table --weights FOLDER --recipes realbasicvsr --steps 1
 
-Makes the pairs of `demo.held_out` with `pipeline.pairs` (seed 0), restores the degraded ones, measures all
-with `pipeline.evaluate`, and prints a table for each recipe. The filter to beat is the best of
+Makes the pairs of `demo.held_out` with `pipeline.evaluation.synthetic_pairs` (seed 0), restores the degraded
+ones, measures all with `pipeline.evaluation.evaluate`, and prints a table for each recipe. The filter to beat is the best of
 `filters.GRID` on training clips degraded in the same way. All is kept below out/table; a second run makes the
 pairs and restored clips that are missing and measures again.
 """
@@ -23,12 +23,12 @@ import numpy as np
 from degradations.recipe import LIGHT, REALBASICVSR, RecipeConfig
 from demo import held_out, pixel_cnn
 from demo.held_out import HELD_OUT, TRAINING, Shot, shot_of
-from pipeline import (
+from pipeline.evaluation import (
+    baselines,
+    comparison_tables,
     evaluate,
-    evaluate_tables,
-    filters,
-    pairs,
     peers,
+    synthetic_pairs,
 )
 from pipeline.metrics.psnr_ssim import psnr
 from pipeline.restoration import restore
@@ -55,8 +55,8 @@ def title(filter_name: str) -> str:
 def make_pairs(shots: tuple[Shot, ...], recipe: str, out: Path) -> Path:
     """Folder with hq/, lq/ and manifest.json of these shots' clips."""
     made = out / "pairs"
-    pairs.run(
-        pairs.PairsConfig(
+    synthetic_pairs.run(
+        synthetic_pairs.PairsConfig(
             output=f"file://{made}",
             folder=f"file://{out.parent / 'clips'}",
             max_frames=held_out.FRAMES,
@@ -65,7 +65,7 @@ def make_pairs(shots: tuple[Shot, ...], recipe: str, out: Path) -> Path:
             video_recipe=RECIPES[recipe],
         )
     )
-    records = json.loads((made / pairs.MANIFEST).read_text())["pairs"]
+    records = json.loads((made / synthetic_pairs.MANIFEST).read_text())["pairs"]
     failed = [record["error"] for record in records if "error" in record]
     if failed or len(records) != sum(shot.clips for shot in shots):
         raise ValueError(f"{made}: {len(records)} pairs, {len(failed)} failed: {failed[:1]}")
@@ -76,7 +76,7 @@ def check_manifest(recipe: str, made: Path) -> str:
     """A line that says whether the pairs are those of the shipped manifest."""
     shipped = MANIFESTS / f"{recipe}.json"
     same = shipped.exists() and json.loads(shipped.read_text()) == json.loads(
-        (made / pairs.MANIFEST).read_text()
+        (made / synthetic_pairs.MANIFEST).read_text()
     )
     return f"pairs: {'those' if same else 'NOT those'} of demo/manifests/{recipe}.json"
 
@@ -84,25 +84,25 @@ def check_manifest(recipe: str, made: Path) -> str:
 def best_filter(made: Path) -> tuple[str, dict[str, float]]:
     """The filter of the grid with the highest mean PSNR (RGB) over training pairs, and each one's mean."""
     means = {}
-    for name in ("none", *filters.GRID):
+    for name in ("none", *baselines.GRID):
         values = []
-        for file in sorted((made / pairs.LQ).iterdir()):
-            truth = decoding.decode_frames(str(made / pairs.HQ / file.name))
-            filtered = filters.by_name(name)(decoding.decode_frames(str(file)))
+        for file in sorted((made / synthetic_pairs.LQ).iterdir()):
+            truth = decoding.decode_frames(str(made / synthetic_pairs.HQ / file.name))
+            filtered = baselines.by_name(name)(decoding.decode_frames(str(file)))
             values.append(np.mean([psnr(*pair) for pair in zip(filtered, truth, strict=True)]))
         means[name] = float(np.mean(values))
-    return max(filters.GRID, key=lambda name: means[name]), means
+    return max(baselines.GRID, key=lambda name: means[name]), means
 
 
 def run_filters(made: Path, out: Path, best: str) -> dict[str, str]:
     """Method to the folder of its results, for the degraded clips themselves and each filter shown."""
-    methods = {TITLES["none"]: f"file://{made / pairs.LQ}"}
+    methods = {TITLES["none"]: f"file://{made / synthetic_pairs.LQ}"}
     for name in dict.fromkeys(
         ("median", "mean3", best if best.startswith("gaussian") else "gaussian:1.0", best)
     ):
         target = out / "filtered" / name.replace(":", "_")
         if not target.exists():
-            peers.baseline(name, made / pairs.LQ, target)
+            peers.baseline(name, made / synthetic_pairs.LQ, target)
         methods[title(name)] = f"file://{target}"
     return methods
 
@@ -110,7 +110,11 @@ def run_filters(made: Path, out: Path, best: str) -> dict[str, str]:
 def run_ours(made: Path, out: Path, folder: Path, steps: int) -> dict[str, str]:
     """The same for our models with so many steps; otherwise as configs/demo/restore.yaml says."""
     target = f"file://{out / f'restored_{steps}'}"
-    arguments = ["--config", str(ROOT / "configs/demo/restore.yaml"), f"--input=file://{made / pairs.LQ}"]
+    arguments = [
+        "--config",
+        str(ROOT / "configs/demo/restore.yaml"),
+        f"--input=file://{made / synthetic_pairs.LQ}",
+    ]
     arguments += [f"--output={target}", f"--model.vae=file://{folder}/vae"]
     arguments += [f"--model.weights=file://{folder}/dit", f"--sampling.steps={steps}"]
     summary = restore.run(parse(restore.RestoreConfig, "", [*arguments, "--actors=2", "--previews=0"]))
@@ -124,17 +128,17 @@ def run_cnn(made: Path, out: Path, folder: Path) -> dict[str, str]:
     weights_url, target = f"file://{folder}/pixel_cnn", out / "pixel_cnn"
     if not (folder / "pixel_cnn").exists():
         return {}
-    pixel_cnn.restore_folder(weights_url, made / pairs.LQ, target)
+    pixel_cnn.restore_folder(weights_url, made / synthetic_pairs.LQ, target)
     return {"small CNN on pixels, colour fix": f"file://{target}"}
 
 
 def measured(made: Path, methods: dict[str, str], out: Path, vae: str | None) -> list[dict[str, Any]]:
-    """The clips' rows of `pipeline.evaluate`."""
+    """The clips' rows of `pipeline.evaluation.evaluate`."""
     evaluate.run(
         evaluate.EvaluateConfig(
             methods=methods,
             output=f"file://{out}",
-            truth=f"file://{made / pairs.HQ}",
+            truth=f"file://{made / synthetic_pairs.HQ}",
             reconstruct_with=vae,
             workers=2,
         )
@@ -150,7 +154,7 @@ def by_shot(values: dict[str, float]) -> dict[str, Any]:
     """Mean over clips, and the standard error by shot: clips of one shot are no independent samples, so it is
     the deviation of the shots' means over the root of their number."""
     if not values:
-        return dict(evaluate_tables.NOTHING)
+        return dict(comparison_tables.NOTHING)
     shots: dict[str, list[float]] = {}
     for clip, value in values.items():
         shots.setdefault(shot_of(clip), []).append(value)
@@ -197,7 +201,7 @@ def gain_lines(rows: list[dict[str, Any]], methods: list[str]) -> list[str]:
     for method in methods:
         for name, kinds in groups.items():
             found = gains(rows, method, TITLES["none"], kinds)
-            cells = [_signed(found[metric], evaluate_tables.DECIMALS[metric]) for metric in GAINS]
+            cells = [_signed(found[metric], comparison_tables.DECIMALS[metric]) for metric in GAINS]
             lines.append(f"| {method} | {name} | " + " | ".join(cells) + " |")
     return lines
 
@@ -215,7 +219,7 @@ def verdict(rows: list[dict[str, Any]], ours: str, best: str) -> list[str]:
     for metric, bar in BARS.items():
         gain = gains(rows, ours, TITLES["none"], held_out.KINDS)[metric]
         ahead = gains(rows, ours, title(best), held_out.KINDS)[metric]
-        name, decimals = evaluate_tables.TITLES[metric].split(" ↑")[0], evaluate_tables.DECIMALS[metric]
+        name, decimals = comparison_tables.TITLES[metric].split(" ↑")[0], comparison_tables.DECIMALS[metric]
         reached = "reached" if gain["mean"] >= bar else "missed"
         lines.append(
             f"- {ours}: {name} {_signed(gain, decimals)} against LQ (aim {bar}: {reached}), "
@@ -258,7 +262,7 @@ def one_recipe(recipe: str, options: Options, note: Callable[[str], None]) -> No
     order = [*methods, *ours, evaluate.CEILING]
     rows.sort(key=lambda row: order.index(row["method"]))
     note(f"\n## Recipe {recipe}\n\n{about_clips()}; {check_manifest(recipe, made)}.\n")
-    note(evaluate_tables.markdown_means(table_of(rows), evaluate.METRICS, evaluate.CEILING))
+    note(comparison_tables.markdown_means(table_of(rows), evaluate.METRICS, evaluate.CEILING))
     note("\nMean over clips ± standard error by shot. Bicubic: n/a, LQ has the size of the truth already.\n")
     note("\n".join(gain_lines(rows, order[1:])))
     note(

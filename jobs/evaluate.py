@@ -9,7 +9,7 @@ ray job submit --working-dir . -- python -m jobs.evaluate --task vae --clips fil
 import argparse
 import sys
 
-from pipeline import evaluate, evaluate_vae
+from pipeline.evaluation import evaluate, evaluate_vae
 from pipeline.runtime.job_config import run_job
 
 

@@ -3,12 +3,12 @@
 ray job submit --working-dir . -- python -m jobs.pairs --folder s3://bucket/clips --output s3://bucket/set
 """
 
-from pipeline import pairs
+from pipeline.evaluation import synthetic_pairs
 from pipeline.runtime.job_config import run_job
 
 
 def main() -> None:
-    run_job(pairs.PairsConfig, __doc__, pairs.run)
+    run_job(synthetic_pairs.PairsConfig, __doc__, synthetic_pairs.run)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 python -m jobs.peer --method bicubic --input /set/lq --output /results/bicubic --scale 1
 """
 
-from pipeline import peers
+from pipeline.evaluation import peers
 from pipeline.runtime.job_config import run_job
 
 

@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python -m jobs.window_study --training configs
     --output file:///data/windows
 """
 
-from pipeline import window_study
+from pipeline.evaluation import window_study
 from pipeline.runtime.job_config import run_job
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pipeline import evaluate_tables
+from pipeline.evaluation import comparison_tables
 
 FILES = "report_files"
 GIB = 2**30
@@ -215,18 +215,18 @@ def metric_table(metrics: list[dict[str, Any]]) -> str:
     """Means of every method; a metric that is missing is a dash."""
     if not metrics:
         return "<p>Nothing was measured.</p>"
-    names = [name for name in evaluate_tables.TITLES if any(name in row for row in metrics)]
+    names = [name for name in comparison_tables.TITLES if any(name in row for row in metrics)]
     none = {"mean": None, "standard_error": None}
     rows = [
         [
             html.escape(str(row["method"])),
             number(row.get("clips"), 0),
             number(row.get("errors"), 0),
-            *[evaluate_tables.mean_text(row.get(name) or none, name) for name in names],
+            *[comparison_tables.mean_text(row.get(name) or none, name) for name in names],
         ]
         for row in metrics
     ]
-    head = ["method", "clips", "errors", *[html.escape(evaluate_tables.TITLES[name]) for name in names]]
+    head = ["method", "clips", "errors", *[html.escape(comparison_tables.TITLES[name]) for name in names]]
     note = (
         "<p class='note'>Mean over clips ± standard error; arrows say which way is better. LQ is the input "
         f"itself, {CEILING} the ceiling. How the numbers were made stands in evaluation/evaluation.html."

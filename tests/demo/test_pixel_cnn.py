@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from demo import pixel_cnn
-from pipeline import pairs
+from pipeline.evaluation import synthetic_pairs
 from pipeline.video import decoding
 from pipeline.weights.weights_folder import WEIGHTS_FILE
 
@@ -46,7 +46,7 @@ def test_training_takes_noise_away_and_its_weights_restore_a_folder(tmp_path):
 
     truth, noisy = noisy_pairs(5)[-1]
     (tmp_path / "lq").mkdir()
-    pairs.write_lossless(f"file://{tmp_path}/lq/clip.mkv", noisy, 25.0, is_image=False)
+    synthetic_pairs.write_lossless(f"file://{tmp_path}/lq/clip.mkv", noisy, 25.0, is_image=False)
     pixel_cnn.restore_folder(f"file://{tmp_path}", tmp_path / "lq", tmp_path / "out")
     restored = np.stack(list(decoding.decode_frames(str(tmp_path / "out" / "clip.mkv"))))
     error = [np.abs(frames.astype(float) - truth).mean() for frames in (noisy, restored)]

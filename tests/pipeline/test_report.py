@@ -12,7 +12,7 @@ import pytest
 
 from demo import results
 from pipeline import report_plots
-from pipeline.pairs import write_lossless
+from pipeline.evaluation.synthetic_pairs import write_lossless
 from pipeline.report import metric_table, stage_table, training_tables
 from pipeline.store import schema, storage
 from tests.pipeline.tiny_models import save_vae

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import evaluate, evaluate_vae, pairs
 from pipeline.data import filter as filter_stage
 from pipeline.data import ingest, precompute
+from pipeline.evaluation import evaluate, evaluate_vae, synthetic_pairs
 from pipeline.restoration import restore
 from pipeline.runtime.job_config import parse
 from pipeline.training.runs import train_dit, train_vae
@@ -25,7 +25,7 @@ JOBS = {
     "filter": (filter_stage.FilterConfig, DATA),
     "precompute": (precompute.PrecomputeConfig, [*DATA, "--vae", "file:///v"]),
     "precompute_more": (precompute.PrecomputeConfig, [*DATA, "--vae", "file:///v"]),
-    "pairs": (pairs.PairsConfig, [*DATA, "--output", "file:///o"]),
+    "pairs": (synthetic_pairs.PairsConfig, [*DATA, "--output", "file:///o"]),
     "train_vae": (train_vae.TrainVaeConfig, DIT_DATA),
     "train_vae_gan": (train_vae.TrainVaeConfig, DIT_DATA),
     "train_dit": (train_dit.TrainDitConfig, DIT_DATA),

@@ -2,10 +2,10 @@
 
 A command is a template with {input} and {output} (local folders), {scale}, {weights}, {python} and {root};
 those in configs/peers.yaml have a name. `_peer.json` beside the results holds what it cost; `jobs.evaluate`
-prints that beside the quality. The filters of `pipeline.filters`, then bicubic enlargement, are a command of
-this module:
+prints that beside the quality. The filters of `pipeline.evaluation.baselines`, then bicubic enlargement, are a
+command of this module:
 
-    python -m pipeline.peers FILTER INPUT OUTPUT SCALE      (none, median, mean3, gaussian:1.3)
+    python -m pipeline.evaluation.peers FILTER INPUT OUTPUT SCALE      (none, median, mean3, gaussian:1.3)
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ import numpy as np
 import psutil
 import yaml
 
-from pipeline import filters
 from pipeline.data.discovery import IMAGE_ENDINGS, VIDEO_ENDINGS
+from pipeline.evaluation import baselines
 from pipeline.runtime.stage import proportional_memory
 from pipeline.store import storage
 from pipeline.store.schema import SUMMARY
 from pipeline.video import decoding, encoding
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PEERS_FILE = ROOT / "configs" / "peers.yaml"
 COST = "_peer.json"
 _SAMPLE_S = 0.2
@@ -162,7 +162,7 @@ def clips(folder: Path) -> Iterator[Path]:
 
 def baseline(name: str, source: Path, target: Path, scale: int = 1) -> None:
     """Write every clip of `source`, filtered and enlarged, losslessly."""
-    through = filters.by_name(name)
+    through = baselines.by_name(name)
     for file in clips(source):
         about = decoding.probe(str(file))
         path = target / file.relative_to(source)

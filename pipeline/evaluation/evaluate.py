@@ -2,8 +2,8 @@
 
 PSNR, SSIM, LPIPS and DISTS against the truth; NIQE, MUSIQ, CLIP-IQA, DOVER and the warping error without it:
 per clip and as mean with standard error, for any number of methods, each a folder of files named as the
-truth's. Those that are networks (`pipeline.metrics.metric_networks`) need their weights; without, they are left
-out. The autoencoder's own reconstruction of the truth can be one more method: the ceiling of every
+truth's. Those that are networks (`pipeline.metrics.metric_networks`) need their weights; without, they are
+left out. The autoencoder's own reconstruction of the truth can be one more method: the ceiling of every
 restoration that goes through it. Everything that changes a number stands in `evaluation.json` beside it.
 """
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from model import preprocess
-from pipeline import benchmark_sets, evaluate_tables, peers
+from pipeline.evaluation import benchmark_sets, comparison_tables, peers, published
 from pipeline.metrics import niqe
 from pipeline.metrics.metric_networks import LearnedMetrics, Networks
 from pipeline.metrics.psnr_ssim import full_reference_scores
@@ -31,7 +31,6 @@ from pipeline.metrics.warping import warping_error
 from pipeline.restoration.restore import IMAGE_ENDINGS, MANIFEST, VIDEO_ENDINGS, natural_order
 from pipeline.restoration.restorer import reconstruct
 from pipeline.runtime import stage
-from pipeline.scores import published
 from pipeline.store import storage
 from pipeline.video import decoding
 from pipeline.video.sandbox import Sandbox
@@ -106,7 +105,7 @@ class EvaluateConfig:
     def metrics(self) -> tuple[str, ...]:
         """The columns of the tables, in their order."""
         found = {*METRICS, *self.learned.columns(bool(self.truth))}
-        return tuple(name for name in evaluate_tables.TITLES if name in found)
+        return tuple(name for name in comparison_tables.TITLES if name in found)
 
 
 def media_files(url: str, sequences: bool = False) -> dict[str, list[str]]:
@@ -355,18 +354,18 @@ def models_of(url: str) -> dict[str, list[str]]:
 def tables(config: EvaluateConfig, result: dict[str, Any]) -> dict[str, str]:
     """File ending: text. Of a known benchmark the LaTeX and the Markdown show the published rows too."""
     texts = {
-        "md": evaluate_tables.markdown(result, config.metrics, CEILING),
-        "html": evaluate_tables.html_page(result, config.metrics, CEILING),
-        "tex": evaluate_tables.latex_means(result["means"], config.metrics, CEILING),
+        "md": comparison_tables.markdown(result, config.metrics, CEILING),
+        "html": comparison_tables.html_page(result, config.metrics, CEILING),
+        "tex": comparison_tables.latex_means(result["means"], config.metrics, CEILING),
     }
     if config.benchmark is not None:
         columns = tuple(dict.fromkeys([*published.METRICS, *config.metrics]))
-        means = [{**dict.fromkeys(columns, evaluate_tables.NOTHING), **row} for row in result["means"]]
+        means = [{**dict.fromkeys(columns, comparison_tables.NOTHING), **row} for row in result["means"]]
         beside = [*published.rows_of(config.benchmark, columns), *means]
         heading = f"\n## Beside the SeedVR paper's table 1, {config.benchmark}\n\n"
-        texts["md"] += heading + evaluate_tables.markdown_means(beside, columns, CEILING) + "\n"
-        texts["tex"] = evaluate_tables.latex_means(beside, columns, CEILING)
-        page = evaluate_tables.html_means(beside, columns, CEILING)
+        texts["md"] += heading + comparison_tables.markdown_means(beside, columns, CEILING) + "\n"
+        texts["tex"] = comparison_tables.latex_means(beside, columns, CEILING)
+        page = comparison_tables.html_means(beside, columns, CEILING)
         texts["html"] = texts["html"].replace("</html>", f"<h2>Beside the paper</h2>{page}</html>")
     return texts
 
@@ -388,13 +387,13 @@ def run(config: EvaluateConfig) -> stage.Summary:
         rows = sorted(
             (item["result"] for item in dataset.take_all()), key=lambda row: (row["method"], row["clip"])
         )
-        means = evaluate_tables.means(rows, config.metrics)
+        means = comparison_tables.means(rows, config.metrics)
         costs = {name: peers.cost_of(storage.check_url(url, name)) for name, url in config.methods.items()}
         result = {"protocol": protocol(config), "means": means, "clips": rows, "costs": costs}
         storage.write_json(storage.join(config.output, f"{RESULTS}.json"), result)
         for ending, text in tables(config, result).items():
             storage.write_bytes(storage.join(config.output, f"{RESULTS}.{ending}"), text.encode())
-        print(evaluate_tables.markdown_means(means, config.metrics, CEILING), flush=True)
+        print(comparison_tables.markdown_means(means, config.metrics, CEILING), flush=True)
         if left_out := config.learned.left_out(bool(config.truth)):
             print(left_out, flush=True)
         for row in rows:

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from model.checkpoints import load_autoencoder
 from model.lpips import Lpips
 from model.vae import CausalVideoAutoencoder
-from pipeline import evaluate_tables
-from pipeline.diffusers_vae import CONFIG_FILE, DiffusersAutoencoder
-from pipeline.evaluate import bicubic, media_files, summarise
+from pipeline.evaluation import comparison_tables
+from pipeline.evaluation.diffusers_vae import CONFIG_FILE, DiffusersAutoencoder
+from pipeline.evaluation.evaluate import bicubic, media_files, summarise
 from pipeline.metrics import frechet
 from pipeline.metrics.psnr_ssim import full_reference_scores
 from pipeline.restoration.restorer import reconstruct
@@ -267,7 +267,7 @@ class Measure:
 
 def summarise_autoencoders(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per autoencoder: what it is, means with standard errors, rFVD with its number of clips."""
-    table = evaluate_tables.means(rows, METRICS)
+    table = comparison_tables.means(rows, METRICS)
     for entry in table:
         good = [row for row in rows if row["method"] == entry["method"] and not row["error"]]
         features = [row["features"] for row in good if row["features"]]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline import figure
-from pipeline.figure import FigureConfig
+from pipeline.evaluation import cost_figure
+from pipeline.evaluation.cost_figure import FigureConfig
 from pipeline.store import storage
 
 
@@ -22,7 +22,7 @@ def evaluation() -> dict:
 def test_every_method_with_quality_and_cost_is_a_dot(tmp_path, capsys):
     url = f"file://{tmp_path}"
     storage.write_json(f"{url}/evaluation.json", evaluation())
-    figure.run(FigureConfig(url, url))
+    cost_figure.run(FigureConfig(url, url))
     lines = (tmp_path / "figure1.md").read_text().splitlines()
     assert lines[2:] == ["| fast | 24.00 | 0.0100 | – | – |", "| slow | 25.00 | 2.0000 | 3391 | 30.00 |"]
     assert (tmp_path / "figure1.png").read_bytes().startswith(b"\x89PNG")
@@ -34,9 +34,9 @@ def test_what_is_missing_is_one_line(tmp_path):
     with pytest.raises(
         ValueError, match=r"evaluation: there is no evaluation\.json in .*; run jobs\.evaluate"
     ):
-        figure.run(FigureConfig(url, url))
+        cost_figure.run(FigureConfig(url, url))
     storage.write_json(f"{url}/evaluation.json", evaluation())
     with pytest.raises(ValueError, match="evaluation: no method has both niqe and its seconds a frame"):
-        figure.run(FigureConfig(url, url, metric="niqe"))
+        cost_figure.run(FigureConfig(url, url, metric="niqe"))
     with pytest.raises(ValueError, match="metric: 'beauty' is none of psnr_rgb"):
         FigureConfig(url, url, metric="beauty")

@@ -12,13 +12,12 @@ import statistics
 from typing import Any
 
 from model.windows import WindowSize
-from pipeline import evaluate, evaluate_tables, pairs
+from pipeline.evaluation import comparison_tables, evaluate, published, synthetic_pairs
 from pipeline.metrics.metric_networks import LearnedMetrics
 from pipeline.restoration import restore
 from pipeline.restoration.restore_file import Encoding
 from pipeline.restoration.restorer import Sampling
 from pipeline.runtime import stage
-from pipeline.scores import published
 from pipeline.store import storage
 from pipeline.training.runs import train_dit, trainer
 from pipeline.weights.backbones import ModelConfig
@@ -97,7 +96,7 @@ def measure_quality(config: WindowStudyConfig, window: str) -> dict[str, Any]:
     assert config.pairs is not None and config.vae is not None
     root = storage.join(config.output, window)
     model = ModelConfig(storage.join(root, "weights", train_dit.NAME), vae=config.vae)
-    low_quality, restored = storage.join(config.pairs, pairs.LQ), storage.join(root, "restored")
+    low_quality, restored = storage.join(config.pairs, synthetic_pairs.LQ), storage.join(root, "restored")
     restore.run(
         restore.RestoreConfig(
             input=low_quality,
@@ -111,7 +110,7 @@ def measure_quality(config: WindowStudyConfig, window: str) -> dict[str, Any]:
     evaluation = evaluate.EvaluateConfig(
         methods={window: restored},
         output=storage.join(root, "evaluation"),
-        truth=storage.join(config.pairs, pairs.HQ),
+        truth=storage.join(config.pairs, synthetic_pairs.HQ),
         learned=config.learned,
     )
     evaluate.run(evaluation)
@@ -127,14 +126,14 @@ def published_number(table: int, window: str) -> float | None:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Both tables in one, the paper's numbers beside ours."""
-    metrics = [name for name in evaluate_tables.TITLES if any(name in row for row in rows)]
+    metrics = [name for name in comparison_tables.TITLES if any(name in row for row in rows)]
     head = ["window", "s/iteration", "paper's table 3", "steps", "held-out loss"]
-    head += [*(evaluate_tables.TITLES[name] for name in metrics), "paper's table 4 (DOVER x100)"]
+    head += [*(comparison_tables.TITLES[name] for name in metrics), "paper's table 4 (DOVER x100)"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
         cells = [_text(row["seconds_per_iteration"], 3), _text(published_number(3, row["window"]), 2)]
         cells += [str(row["steps"]), _text(row["held_out_loss"], 4)]
-        cells += [evaluate_tables.value_text(row.get(name), name) for name in metrics]
+        cells += [comparison_tables.value_text(row.get(name), name) for name in metrics]
         cells.append(_text(published_number(4, row["window"]), 3))
         lines.append(f"| {row['window']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

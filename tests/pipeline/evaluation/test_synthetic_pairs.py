@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 
 from degradations.recipe import LIGHT, apply, from_json
-from pipeline.pairs import PairsConfig, clip_rows, make_pair, read_middle, run
+from pipeline.evaluation.synthetic_pairs import (
+    PairsConfig,
+    clip_rows,
+    make_pair,
+    read_middle,
+    run,
+)
 from pipeline.video import decoding
 
-MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
+MEDIA = Path(__file__).resolve().parents[3] / "demo" / "media"
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import io
 import math
 from typing import Any
 
-from pipeline import evaluate_tables
+from pipeline.evaluation import comparison_tables
 from pipeline.store import storage
 
 RESULTS = "evaluation.json"
@@ -30,8 +30,8 @@ class FigureConfig:
     def __post_init__(self) -> None:
         for key in ("evaluation", "output"):
             object.__setattr__(self, key, storage.check_url(getattr(self, key), key))
-        if self.metric not in evaluate_tables.TITLES:
-            raise ValueError(f"metric: {self.metric!r} is none of {', '.join(evaluate_tables.TITLES)}")
+        if self.metric not in comparison_tables.TITLES:
+            raise ValueError(f"metric: {self.metric!r} is none of {', '.join(comparison_tables.TITLES)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +74,14 @@ def dots(result: dict[str, Any], metric: str) -> list[Dot]:
 
 def markdown(found: list[Dot], metric: str) -> str:
     """The figure's numbers as a table."""
-    title = evaluate_tables.TITLES[metric]
+    title = comparison_tables.TITLES[metric]
     lines = [
         f"| method | {title} | s a frame | parameters M | peak memory GiB |",
         "|---|---:|---:|---:|---:|",
     ]
     for dot in sorted(found, key=lambda dot: dot.seconds_per_frame):
         values = (
-            evaluate_tables.value_text(dot.quality, metric),
+            comparison_tables.value_text(dot.quality, metric),
             f"{dot.seconds_per_frame:.4f}",
             "–" if dot.parameters_m is None else f"{dot.parameters_m:.4g}",
             "–" if dot.peak_memory_gib is None else f"{dot.peak_memory_gib:.2f}",
@@ -106,10 +106,10 @@ def picture(found: list[Dot], metric: str) -> bytes:
         axes.annotate(text, place, xytext=(7, 5), textcoords="offset points", fontsize=8, parse_math=False)
     axes.set_xscale("log")
     axes.margins(x=0.3, y=0.2)
-    if metric in evaluate_tables.LOWER_IS_BETTER:
+    if metric in comparison_tables.LOWER_IS_BETTER:
         axes.invert_yaxis()
     axes.set_xlabel("seconds a frame")
-    axes.set_ylabel(evaluate_tables.TITLES[metric])
+    axes.set_ylabel(comparison_tables.TITLES[metric])
     axes.grid(alpha=0.3, which="both")
     figure.tight_layout()
     file = io.BytesIO()

@@ -2,10 +2,10 @@
 
 import pytest
 
-from pipeline import window_study
+from pipeline.evaluation import window_study
+from pipeline.evaluation.window_study import WindowStudyConfig, training_of, window_size
 from pipeline.store import storage
 from pipeline.training.runs.train_dit import StageConfig, TrainDitConfig
-from pipeline.window_study import WindowStudyConfig, training_of, window_size
 from tests.pipeline import tiny_models
 
 TRAINING = TrainDitConfig(

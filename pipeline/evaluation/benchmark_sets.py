@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-SETS_FILE = Path(__file__).resolve().parent.parent / "configs" / "sets.yaml"
+SETS_FILE = Path(__file__).resolve().parents[2] / "configs" / "sets.yaml"
 
 
 @dataclasses.dataclass(frozen=True)

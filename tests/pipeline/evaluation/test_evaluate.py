@@ -11,8 +11,8 @@ from PIL import Image
 
 from model.checkpoints import load_clip
 from model.quality.clip_iqa import ClipIQA
-from pipeline import evaluate, evaluate_tables
-from pipeline.evaluate import CEILING, METRICS, EvaluateConfig
+from pipeline.evaluation import comparison_tables, evaluate
+from pipeline.evaluation.evaluate import CEILING, METRICS, EvaluateConfig
 from pipeline.metrics import psnr_ssim
 from pipeline.metrics.metric_networks import LearnedMetrics
 from pipeline.store import storage
@@ -20,7 +20,7 @@ from pipeline.video import decoding, encoding
 from tests.pipeline import tiny_models
 from tests.pipeline.data.test_learned_scores import RN, tiny_clip
 
-MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
+MEDIA = Path(__file__).resolve().parents[3] / "demo" / "media"
 
 
 def save(path: Path, frames: list[np.ndarray]) -> None:
@@ -195,10 +195,10 @@ def test_means_standard_errors_and_marks():
         return {"method": method, "clip": "c", "error": None, **values}
 
     rows = [row("A", 20, 5), row("A", 24, 7), row("B", 30, 9), row("C", 10, 1), row(CEILING, 50, 0.5)]
-    table = evaluate_tables.means(rows, METRICS)
+    table = comparison_tables.means(rows, METRICS)
     assert table[0]["psnr_rgb"] == {"mean": 22, "standard_error": pytest.approx(2), "clips": 2}
     assert table[1]["psnr_rgb"]["standard_error"] is None
-    lines = evaluate_tables.markdown_means(table, METRICS, CEILING).splitlines()
+    lines = comparison_tables.markdown_means(table, METRICS, CEILING).splitlines()
     assert "<u>22.00 ± 2.00</u>" in lines[2] and "**30.00**" in lines[3]
     assert "**1.00**" in lines[4] and "**" not in lines[5]  # the ceiling is no competitor
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from pipeline import benchmark_sets, evaluate_tables
-from pipeline.scores import published
+from pipeline.evaluation import benchmark_sets, comparison_tables, published
 
 
 def test_all_numbers_of_all_tables_are_there():
@@ -47,15 +46,15 @@ def new_row(**values: float) -> dict:
 
 def test_a_new_row_stands_beside_them_best_and_second_marked():
     table = [*published.rows_of("UDM10", published.METRICS), new_row(psnr_rgb=30.0, lpips=0.25)]
-    text = evaluate_tables.markdown_means(table, published.METRICS, "")
+    text = comparison_tables.markdown_means(table, published.METRICS, "")
     (new,) = [line for line in text.splitlines() if line.startswith("| new")]
     assert "**30.00**" in new and "<u>0.250</u>" in new
     (ours,) = [line for line in text.splitlines() if line.startswith("| SeedVR")]
     assert "**0.231**" in ours and "**0.116**" in ours
-    latex = evaluate_tables.latex_means(table, published.METRICS, "")
+    latex = comparison_tables.latex_means(table, published.METRICS, "")
     assert "\\textbf{30.00}" in latex and "\\underline{0.250}" in latex and "PSNR RGB $\\uparrow$" in latex
     assert all(line.count("&") == 8 for line in latex.splitlines() if "&" in line)
-    html = evaluate_tables.html_means(table, published.METRICS, "")
+    html = comparison_tables.html_means(table, published.METRICS, "")
     assert "<b>30.00</b>" in html and html.count("<tr>") == 10
 
 

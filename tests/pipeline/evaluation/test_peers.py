@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.peers import folders
-from pipeline import evaluate_tables, peers
-from pipeline.peers import PeerConfig
+from pipeline.evaluation import comparison_tables, peers
+from pipeline.evaluation.peers import PeerConfig
 from pipeline.store import storage
 from pipeline.video import decoding, encoding
 from tests.pipeline.clips import MEDIA
@@ -28,7 +28,7 @@ def test_a_baseline_is_run_and_measured(folder):
     assert len(frames) == cost["frames"] == 4 and frames[0].shape == (64, 96, 3)
     assert cost["seconds_per_frame"] > 0 and cost["peak_memory_gib"] > 0.01 and cost["parameters_m"] == 0
     assert storage.read_json(f"file://{folder}/out/_peer.json") == cost
-    (line,) = evaluate_tables.markdown_costs({"bicubic": peers.cost_of(f"file://{folder}/out"), "x": None})[
+    (line,) = comparison_tables.markdown_costs({"bicubic": peers.cost_of(f"file://{folder}/out"), "x": None})[
         4:5
     ]
     assert line.startswith(f"| bicubic | {cost['seconds_per_frame']:.3f} |")

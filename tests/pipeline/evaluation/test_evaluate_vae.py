@@ -13,16 +13,16 @@ from jobs import evaluate as job
 from model.checkpoints import save_autoencoder
 from model.lpips import Lpips
 from model.vae import CausalVideoAutoencoder
-from pipeline import evaluate_vae
-from pipeline.diffusers_vae import DiffusersAutoencoder
-from pipeline.evaluate_vae import EvaluateVaeConfig
+from pipeline.evaluation import evaluate_vae
+from pipeline.evaluation.diffusers_vae import DiffusersAutoencoder
+from pipeline.evaluation.evaluate_vae import EvaluateVaeConfig
 from pipeline.metrics import frechet, psnr_ssim
 from pipeline.store import storage
 from pipeline.video import decoding
 from tests.pipeline import tiny_models
-from tests.pipeline.test_evaluate import save
+from tests.pipeline.evaluation.test_evaluate import save
 
-MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
+MEDIA = Path(__file__).resolve().parents[3] / "demo" / "media"
 VIDEO_LEVELS = {
     "down_block_types": ("CogVideoXDownBlock3D",) * 4,
     "up_block_types": ("CogVideoXUpBlock3D",) * 4,
