@@ -11,8 +11,15 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pipeline import report_plots
-from pipeline.report import CEILING, FILES, Comparison, Picture, Pictures, write_report
+from demo import report_plots
+from demo.report import (
+    CEILING,
+    FILES,
+    Comparison,
+    Picture,
+    Pictures,
+    write_report,
+)
 from pipeline.restoration.restorer import reconstruct
 from pipeline.store import schema, storage
 from pipeline.video import decoding

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pipeline import report
+from demo import report
 from pipeline.data.selection import Threshold
 
 _SAMPLE = 20_000  # values kept of one score

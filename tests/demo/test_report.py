@@ -10,10 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from demo import results
-from pipeline import report_plots
+from demo import report_plots, results
+from demo.report import metric_table, stage_table, training_tables
 from pipeline.evaluation.synthetic_pairs import write_lossless
-from pipeline.report import metric_table, stage_table, training_tables
 from pipeline.store import schema, storage
 from tests.pipeline.tiny_models import save_vae
 
