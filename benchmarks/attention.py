@@ -35,13 +35,20 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from benchmarks.memory import reset_peak, status_bytes
-from model.attention import window_attention
-from model.operations import linear_per_token
-from model.operations import window_attention as window_attention_operations
-from model.packing import LayerWindows, packing_plan
-from model.rotary import rotate, window_rotation
-from model.swin_mmdit import SD3_MEDIUM, Block, Stream, feed_forward, gated_residual, modulated_norm
-from model.windows import Grid, WindowSize, fixed_windows
+from model.dit.attention import window_attention
+from model.dit.packing import LayerWindows, packing_plan
+from model.dit.rotary import rotate, window_rotation
+from model.dit.swin_mmdit import (
+    SD3_MEDIUM,
+    Block,
+    Stream,
+    feed_forward,
+    gated_residual,
+    modulated_norm,
+)
+from model.dit.windows import Grid, WindowSize, fixed_windows
+from model.flops import linear_per_token
+from model.flops import window_attention as window_attention_operations
 
 OUT = Path("out/bench/attention.json")
 LIBC, M_MMAP_THRESHOLD = ctypes.CDLL(None), -3
@@ -255,7 +262,7 @@ def flex_mask(layer: Layer) -> BlockMask:
 
 
 def flex_window_attention(layer: Layer, mask: BlockMask, *qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """What `model.attention.window_attention` computes."""
+    """What `model.dit.attention.window_attention` computes."""
     q, k, v, tq, tk, tv = qkv
     windows = layer.layout.windows_per_sample[0]
     packed = (torch.cat([q, tq.repeat(windows, 1, 1)]), torch.cat([k, tk]), torch.cat([v, tv]))

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from benchmarks.attention import rounded, share_of_product_rate
 from model import checkpoints
-from model.nadit import SEEDVR_3B, NaDiT, NaDiTConfig, swiglu_width
-from model.operations import forward_operations
-from model.windows import Grid
+from model.dit.nadit import SEEDVR_3B, NaDiT, NaDiTConfig, swiglu_width
+from model.dit.windows import Grid
+from model.flops import forward_operations
 
 OUT = Path("out/bench/released.json")
 LATENT: Grid = (5, 90, 160)
@@ -74,7 +74,8 @@ def forward() -> dict[str, Any]:
 # The kernel's VmHWM is of this program alone; ru_maxrss begins with what the parent process had.
 _LOAD = """
 import json, re, sys, torch
-from model import checkpoints, nadit
+from model import checkpoints
+from model.dit import nadit
 def peak_bytes():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 path, dtype, shape = sys.argv[1:]

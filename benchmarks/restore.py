@@ -31,7 +31,7 @@ import psutil
 import torch
 
 from benchmarks.memory import reset_peak, status_bytes
-from model.swin_mmdit import TINY, SwinMMDiT
+from model.dit.swin_mmdit import TINY, SwinMMDiT
 from model.vae.autoencoder import CausalVideoAutoencoder
 from pipeline.restoration import restore
 from pipeline.restoration.chunking import Chunk

@@ -16,7 +16,7 @@ import matplotlib
 import torch
 
 from benchmarks.attention import TEXT, WINDOW, Layer, measure, operations, rounded, window_lengths
-from model.windows import Grid
+from model.dit.windows import Grid
 
 OUT = Path("out/bench")
 GRIDS: tuple[Grid, ...] = ((6, 32, 32), (6, 32, 64), (6, 64, 64), (6, 64, 128))

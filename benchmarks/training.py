@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from benchmarks import training_packing, training_readers
 from benchmarks.attention import share_of_product_rate
 from benchmarks.data import demo_clips, timed
-from model import flow, operations, text
-from model.swin_mmdit import SD3_MEDIUM, TINY, SwinMMDiT, SwinMMDiTConfig
+from model import flops, flow, text
+from model.dit.swin_mmdit import SD3_MEDIUM, TINY, SwinMMDiT, SwinMMDiTConfig
 from model.text import TINY_ENCODERS, TextEncoders
 from pipeline.data import cropping, precompute
 from pipeline.data.cropping import Bucket
@@ -280,9 +280,9 @@ def peak(short: bool) -> dict[str, Any]:
             for kept, parameter in zip(average, learner.model.parameters(), strict=True):
                 kept.lerp_(parameter, 1e-4)
 
-    counted = sum(operations.forward_operations(config, shape, 154).total for shape in shapes)
+    counted = sum(flops.forward_operations(config, shape, 154).total for shape in shapes)
     step()
-    training_operations = operations.TRAINING_OVER_FORWARD * counted
+    training_operations = flops.TRAINING_OVER_FORWARD * counted
     share, rates = share_of_product_rate(step, training_operations, 1 if short else 3)
     return {"peak_share_step": share, "product_gflops": [min(rates) / 1e9, max(rates) / 1e9]}
 

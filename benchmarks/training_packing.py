@@ -21,8 +21,8 @@ import torch
 import yaml
 
 from benchmarks.data import timed
-from model import operations
-from model.swin_mmdit import SD3_MEDIUM, SwinMMDiT
+from model import flops
+from model.dit.swin_mmdit import SD3_MEDIUM, SwinMMDiT
 from pipeline.store import schema
 from pipeline.training.samples import pack_balance, sample_order
 
@@ -138,7 +138,7 @@ def by_slowest(seconds: list[float], workers: int) -> float:
 
 
 def counted(pack: Pack, text_tokens: int) -> int:
-    return sum(operations.forward_operations(MODEL, shape, text_tokens).total for shape in pack)
+    return sum(flops.forward_operations(MODEL, shape, text_tokens).total for shape in pack)
 
 
 def run(short: bool, rounds: int = 3) -> dict[str, Any]:

@@ -31,7 +31,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from model import text
-from model.swin_mmdit import TINY
+from model.dit.swin_mmdit import TINY
 from pipeline.data import text_embeddings
 from pipeline.data.cropping import Bucket
 from pipeline.runtime import work_plan

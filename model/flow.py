@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from model.windows import Grid
+from model.dit.windows import Grid
 
 MAX_TIME = 1000.0
 TRAINING_CONDITION_LEVEL = 250.0

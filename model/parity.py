@@ -23,9 +23,9 @@ from model.checkpoints import (
     released_autoencoder_config,
     released_backbone_config,
 )
+from model.dit.windows import Grid, released_windows
 from model.quality import aesthetic, clip_iqa, dover, fast_vqa, fragments
 from model.quality.video_swin import SwinLayer, VideoSwin, VideoSwinConfig, fragment_gate, shift_mask
-from model.windows import Grid, released_windows
 
 PASS_LINE = 2e-5
 """Largest absolute error allowed for the networks; the reference's own fp32 noise is 7e-6."""

@@ -11,7 +11,7 @@ import re
 import statistics
 from typing import Any
 
-from model.windows import WindowSize
+from model.dit.windows import WindowSize
 from pipeline.evaluation import comparison_tables, evaluate, published, synthetic_pairs
 from pipeline.metrics.metric_networks import LearnedMetrics
 from pipeline.restoration import restore

@@ -1,7 +1,7 @@
 """What a training will take before it is started: memory of a GPU by part, operations, hours and cost.
 
 Everything is counted from the config: no data, no weights, no Ray. Operations are those of matrix products
-(model/operations.py); packs are filled by the code that fills them in training, from a mix of samples that
+(model/flops.py); packs are filled by the code that fills them in training, from a mix of samples that
 the config assumes. The machine's speed is the one thing that cannot be counted: a stated utilisation.
 """
 
@@ -12,17 +12,17 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from model import nadit
-from model.nadit import NaDiT, NaDiTConfig
-from model.operations import (
+from model.dit import nadit
+from model.dit.nadit import NaDiT, NaDiTConfig
+from model.dit.packing import patch_grids
+from model.dit.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
+from model.flops import (
     TRAINING_OVER_FORWARD,
     Config,
     forward_operations,
     linear_per_token,
     window_sizes,
 )
-from model.packing import patch_grids
-from model.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
 from pipeline.data import cropping
 from pipeline.store import schema, storage
 from pipeline.training.runs import train_dit

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from model import checkpoints, flow
-from model.nadit import SEEDVR_3B, SEEDVR_7B, NaDiTConfig
-from model.swin_mmdit import SwinMMDiTConfig
+from model.dit.nadit import SEEDVR_3B, SEEDVR_7B, NaDiTConfig
+from model.dit.swin_mmdit import SwinMMDiTConfig
 from model.vae.autoencoder import AutoencoderConfig
 from pipeline.store import storage
 from pipeline.weights import weights_folder

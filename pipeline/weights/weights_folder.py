@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model import checkpoints
-from model.nadit import NaDiT, NaDiTConfig
-from model.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
+from model.dit.nadit import NaDiT, NaDiTConfig
+from model.dit.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
 from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
 from pipeline.store import storage
 

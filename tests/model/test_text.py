@@ -8,7 +8,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from model import swin_mmdit, text
+from model import text
+from model.dit import swin_mmdit
 
 
 @pytest.fixture(scope="module")

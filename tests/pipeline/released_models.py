@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from model import checkpoints
-from model.nadit import NaDiT, NaDiTConfig
+from model.dit.nadit import NaDiT, NaDiTConfig
 from model.vae.autoencoder import CausalVideoAutoencoder
 from pipeline.weights.backbones import ModelConfig
 from tests.pipeline import tiny_models

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from model.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
+from model.dit.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
 from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
 from pipeline.weights import weights_folder
 

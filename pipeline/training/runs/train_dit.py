@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from model import checkpoints, operations
-from model.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
+from model import checkpoints, flops
+from model.dit.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
 from pipeline.data import text_embeddings
 from pipeline.runtime import stage
 from pipeline.store import schema, storage
@@ -441,8 +441,8 @@ class Run:
         """Counted 10^12 operations of a pack's forward and backward passes; nothing recomputed counts."""
         model: Any = self.engine.module.config
         samples = zip(batch.video_shapes, batch.text_lengths, strict=True)
-        counted = sum(operations.forward_operations(model, shape, n).total for shape, n in samples)
-        return operations.TRAINING_OVER_FORWARD * counted / 1e12
+        counted = sum(flops.forward_operations(model, shape, n).total for shape, n in samples)
+        return flops.TRAINING_OVER_FORWARD * counted / 1e12
 
     def measure(self, held_out: HeldOut) -> float:
         return held_out_loss(self.hollow, self.averaged(), held_out, self.device)

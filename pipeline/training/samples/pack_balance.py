@@ -1,7 +1,7 @@
 """Equal work for every pack of a step: which samples it takes and which pack each goes to.
 
 Packs are trained side by side and wait for the slowest, so what counts is the most expensive one against the
-mean. Costs are counted operations (`model.operations`): a token costs up to 1.4 times as much in a large
+mean. Costs are counted operations (`model.flops`): a token costs up to 1.4 times as much in a large
 window as in a small one, so packs of equal tokens would not be equal work. Tokens bound a pack's memory.
 """
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from model import operations
+from model import flops
 from pipeline.store import schema
 from pipeline.training.samples import pack_balance
 
@@ -51,7 +51,7 @@ class SampleStream:
     the data already, since shards are assigned by hash.)
     """
 
-    def __init__(self, rows: pa.Table, seed: int, model: operations.Config) -> None:
+    def __init__(self, rows: pa.Table, seed: int, model: flops.Config) -> None:
         """rows: of the index, at least one. model: the network whose operations are a sample's cost."""
         assert rows.num_rows
         self.rows = rows.sort_by([(key, "ascending") for key in ("file", "row_group", "row")])
@@ -108,10 +108,10 @@ def _numbers(table: pa.Table, column: str) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=2**16)
-def _cost_by_text(model: operations.Config, frames: int, height: int, width: int) -> tuple[float, ...]:
+def _cost_by_text(model: flops.Config, frames: int, height: int, width: int) -> tuple[float, ...]:
     """A sample's operations as a polynomial of its text tokens, of degree 2: three counts tell it exactly."""
     shape = schema.latent_shape(frames, height, width)
-    none, one, two = (operations.forward_operations(model, shape, n).total for n in (0, 1, 2))
+    none, one, two = (flops.forward_operations(model, shape, n).total for n in (0, 1, 2))
     square = (two - 2 * one + none) / 2
     return float(none), one - none - square, square
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from model.swin_mmdit import SwinMMDiT
+from model.dit.swin_mmdit import SwinMMDiT
 from model.vae.autoencoder import FULL_CONFIG, CausalVideoAutoencoder
 from pipeline.restoration.memory_plan import (
     MemoryPlan,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT
-from model.operations import Config, forward_operations
-from model.swin_mmdit import TINY, SwinMMDiT, SwinMMDiTConfig
+from model.dit.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT
+from model.dit.swin_mmdit import TINY, SwinMMDiT, SwinMMDiTConfig
+from model.flops import Config, forward_operations
 from pipeline.data.cropping import Bucket
 from pipeline.runtime.job_config import parse
 from pipeline.training import cost_plan
@@ -65,9 +65,9 @@ def test_a_layer_keeps_what_autograd_keeps(name):
 _PEAK = """
 import ctypes, dataclasses, sys, torch
 from benchmarks.memory import reset_peak, status_bytes
-from model.packing import packing_plan, patch_grids
-from model.rotary import window_rotation
-from model.swin_mmdit import SD3_MEDIUM, SwinMMDiT
+from model.dit.packing import packing_plan, patch_grids
+from model.dit.rotary import window_rotation
+from model.dit.swin_mmdit import SD3_MEDIUM, SwinMMDiT
 libc = ctypes.CDLL(None)
 libc.mallopt(-3, 2**20)  # freed memory goes back, so the peak is that of the tensors
 torch.set_num_threads(1)

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from model import checkpoints
-from model.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT
+from model.dit.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT
 from pipeline.data import precompute, text_embeddings
 from pipeline.data.cropping import Bucket
 from pipeline.restoration import restore

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import flow, text
-from model.swin_mmdit import TINY, SwinMMDiT
+from model.dit.swin_mmdit import TINY, SwinMMDiT
 from model.vae.autoencoder import CausalVideoAutoencoder
 from pipeline.video import decoding
 from tests.model.test_vae_wavelet_start import NARROW, started

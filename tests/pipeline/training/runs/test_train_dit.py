@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import save_file
 
 from model.checkpoints import load_sd3_transformer
-from model.swin_mmdit import TINY
+from model.dit.swin_mmdit import TINY
 from model.text import TINY_ENCODERS
 from pipeline.data import precompute
 from pipeline.data.cropping import Bucket
@@ -27,7 +27,7 @@ from pipeline.store import storage
 from pipeline.training.runs import train_dit, trainer
 from pipeline.training.samples import latent_reader, sample_order
 from pipeline.weights import weights_folder
-from tests.model.test_swin_mmdit import sd3_transformer
+from tests.model.dit.test_swin_mmdit import sd3_transformer
 from tests.pipeline.data_root import make_data_root
 from tests.pipeline.processes import kill_tree
 from tests.pipeline.tiny_models import DIT, save_vae

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import training_readers
-from model.swin_mmdit import TINY
+from model.dit.swin_mmdit import TINY
 from pipeline.training.samples import latent_reader, sample_order
 
 

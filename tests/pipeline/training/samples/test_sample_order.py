@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.swin_mmdit import SD3_MEDIUM
+from model.dit.swin_mmdit import SD3_MEDIUM
 from pipeline.store import schema
 from pipeline.training.samples import pack_balance, sample_order
 from pipeline.training.samples.sample_order import SampleStream, pack_step

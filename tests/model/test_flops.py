@@ -7,10 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT, NaDiTConfig
-from model.operations import TRAINING_OVER_FORWARD, Config, forward_operations
-from model.swin_mmdit import SD3_MEDIUM, TINY, SwinMMDiT, SwinMMDiTConfig
-from model.windows import Grid
+from model.dit.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT, NaDiTConfig
+from model.dit.swin_mmdit import SD3_MEDIUM, TINY, SwinMMDiT, SwinMMDiTConfig
+from model.dit.windows import Grid
+from model.flops import TRAINING_OVER_FORWARD, Config, forward_operations
 
 SMALL = {"num_heads": 2, "head_dim": 16, "width": 32, "text_dim": 24, "rotary_dim": 16}
 CONFIGS: dict[str, Config] = {

@@ -9,11 +9,11 @@ from safetensors.torch import save_file
 
 from benchmarks import released
 from model import checkpoints, parity
-from model.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT, NaDiTConfig
-from model.windows import Grid
-from tests.model.plain_nadit import Plain
+from model.dit.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT, NaDiTConfig
+from model.dit.windows import Grid
+from tests.model.dit.plain_nadit import Plain
 
-DATA = Path(__file__).parents[1] / "data/parity"
+DATA = Path(__file__).parents[2] / "data/parity"
 
 
 def tiny(kind: str, **changes) -> NaDiTConfig:

@@ -21,8 +21,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import window_attention
-from model.packing import (
+from model.dit.attention import window_attention
+from model.dit.packing import (
     LayerWindows,
     PackingPlan,
     WindowLayout,
@@ -31,14 +31,14 @@ from model.packing import (
     patchify,
     unpatchify,
 )
-from model.rotary import (
+from model.dit.rotary import (
     axis_frequencies,
     normalised_frequencies,
     released_3b_rotation,
     released_7b_rotation,
     rotate,
 )
-from model.windows import RELEASED_WINDOW, Grid, WindowSize, released_windows
+from model.dit.windows import RELEASED_WINDOW, Grid, WindowSize, released_windows
 
 NORM_EPS = 1e-5
 SINUSOID_WIDTH = 256

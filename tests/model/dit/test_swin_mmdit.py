@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from model.checkpoints import load_sd3_transformer
-from model.packing import patchify
-from model.swin_mmdit import SD3_MEDIUM, TINY, SwinMMDiT, SwinMMDiTConfig
-from model.windows import Grid
+from model.dit.packing import patchify
+from model.dit.swin_mmdit import SD3_MEDIUM, TINY, SwinMMDiT, SwinMMDiTConfig
+from model.dit.windows import Grid
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -260,7 +260,7 @@ MEMORY_PROBE = """
 import sys, torch
 from pathlib import Path
 from model.checkpoints import load_sd3_transformer
-from model.swin_mmdit import SD3_MEDIUM, TINY, SwinMMDiT
+from model.dit.swin_mmdit import SD3_MEDIUM, TINY, SwinMMDiT
 from dataclasses import replace
 
 def status(key):

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.packing import LayerWindows, equal_runs, packing_plan
-from model.windows import RELEASED_WINDOW, fixed_windows, released_windows
+from model.dit.packing import LayerWindows, equal_runs, packing_plan
+from model.dit.windows import RELEASED_WINDOW, fixed_windows, released_windows
 
-RELEASED = json.loads((Path(__file__).parents[1] / "data/parity/windows_a.json").read_text())
+RELEASED = json.loads((Path(__file__).parents[2] / "data/parity/windows_a.json").read_text())
 extents = st.one_of(st.integers(1, 12), st.just("full"))
 grids = st.tuples(st.integers(1, 13), st.integers(1, 40), st.integers(1, 40))
 

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from model.windows import Grid, WindowRule, WindowSize
+from model.dit.windows import Grid, WindowRule, WindowSize
 
 CACHED_PLANS = 8
 """Sets of shapes whose tables are kept: some 40 MB each for a pack of 150,000 tokens."""

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from model.swin_mmdit import SwinMMDiT
+from model.dit.swin_mmdit import SwinMMDiT
 
 Combine = Callable[[list[Tensor]], Tensor]
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from model import attention
-from model.packing import LayerWindows, packing_plan
-from model.windows import fixed_windows
+from model.dit import attention
+from model.dit.packing import LayerWindows, packing_plan
+from model.dit.windows import fixed_windows
 
 HEADS, HEAD_DIM = 3, 16
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: none here")

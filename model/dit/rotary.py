@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from model.packing import CACHED_PLANS, WindowLayout
+from model.dit.packing import CACHED_PLANS, WindowLayout
 
 CACHED_ROTATIONS = 2 * CACHED_PLANS
 """Regular and shifted layers' of each plan."""

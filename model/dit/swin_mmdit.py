@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import window_attention
-from model.packing import (
+from model.dit.attention import window_attention
+from model.dit.packing import (
     LayerWindows,
     WindowLayout,
     packing_plan,
@@ -24,8 +24,8 @@ from model.packing import (
     patchify,
     unpatchify,
 )
-from model.rotary import rotate, window_rotation
-from model.windows import Extent, Grid, WindowSize, fixed_windows
+from model.dit.rotary import rotate, window_rotation
+from model.dit.windows import Extent, Grid, WindowSize, fixed_windows
 
 NORM_EPS = 1e-6
 SINUSOID_WIDTH = 256
@@ -55,7 +55,7 @@ class SwinMMDiTConfig:
 
     def __post_init__(self) -> None:
         if not self.windows or not self.shifted:
-            raise ValueError("model.windows, model.shifted: give at least one entry each")
+            raise ValueError("model.dit.windows, model.shifted: give at least one entry each")
         self.layer_windows()
 
     @property

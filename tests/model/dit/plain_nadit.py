@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.nadit import NaDiTConfig
+from model.dit.nadit import NaDiTConfig
 
 Interval = tuple[int, int]
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from model import rotary
-from model.packing import LayerWindows, packing_plan
-from model.windows import fixed_windows
+from model.dit import rotary
+from model.dit.packing import LayerWindows, packing_plan
+from model.dit.windows import fixed_windows
 
 
 def layout_of(grid, window, text_length=4):

@@ -10,11 +10,11 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
-from model import nadit, swin_mmdit
-from model.nadit import NaDiTConfig
-from model.packing import LayerWindows, patch_grids
-from model.swin_mmdit import SwinMMDiTConfig
-from model.windows import Grid
+from model.dit import nadit, swin_mmdit
+from model.dit.nadit import NaDiTConfig
+from model.dit.packing import LayerWindows, patch_grids
+from model.dit.swin_mmdit import SwinMMDiTConfig
+from model.dit.windows import Grid
 
 Config = SwinMMDiTConfig | NaDiTConfig
 

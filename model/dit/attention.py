@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from model.packing import WindowLayout, equal_runs
+from model.dit.packing import WindowLayout, equal_runs
 
 try:
     from flash_attn import flash_attn_varlen_func
