@@ -25,12 +25,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.dists import Dists
 from model.dit.nadit import NaDiT, NaDiTConfig
 from model.dit.sd3_weights import SD3Report, copy_sd3_weights
 from model.dit.swin_mmdit import SwinMMDiT
 from model.dit.windows import RELEASED_WINDOW
-from model.lpips import VGG16_WIDTHS, Lpips
+from model.perceptual.dists import Dists
+from model.perceptual.lpips import VGG16_WIDTHS, Lpips
 from model.quality import aesthetic, dover, fast_vqa, musiq
 from model.vae import FULL_CONFIG, AutoencoderConfig, CausalVideoAutoencoder
 from model.vae.inflation import inflate

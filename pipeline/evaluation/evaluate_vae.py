@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from model.checkpoints import load_autoencoder
-from model.lpips import Lpips
+from model.perceptual.lpips import Lpips
 from model.vae import CausalVideoAutoencoder
 from pipeline.evaluation import comparison_tables
 from pipeline.evaluation.diffusers_vae import CONFIG_FILE, DiffusersAutoencoder

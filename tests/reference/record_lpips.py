@@ -1,7 +1,8 @@
 """Records lpips 0.1.4's distances and gradients with random weights, for a test that then needs no lpips.
 
 Runs in the reference environment: `python tests/reference/record_lpips.py TABLES.npz OUT.json`, where
-TABLES.npz holds weights and pictures as `python -m tests.model.test_lpips TABLES.npz` (here) writes them.
+TABLES.npz holds weights and pictures as `python -m tests.model.perceptual.test_lpips TABLES.npz` (here)
+writes them.
 """
 
 import json

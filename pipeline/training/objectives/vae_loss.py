@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from model import checkpoints, losses
-from model.discriminator import DiscriminatorConfig
-from model.lpips import Lpips, video_lpips
+from model.perceptual.lpips import Lpips, video_lpips
 from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
+from model.vae.discriminator import DiscriminatorConfig
 from pipeline.store import storage
 from pipeline.training.runs import trainer
 

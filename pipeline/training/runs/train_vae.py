@@ -17,8 +17,8 @@ from torch.func import functional_call
 
 from degradations.recipe import LIGHT, RecipeConfig, apply, draw
 from model import checkpoints
-from model.discriminator import VideoDiscriminator
 from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
+from model.vae.discriminator import VideoDiscriminator
 from model.vae.wavelet_start import check_wavelet_start, start_as_wavelets
 from pipeline.data import cropping
 from pipeline.metrics.psnr_ssim import psnr

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from jobs import evaluate as job
 from model.checkpoints import save_autoencoder
-from model.lpips import Lpips
+from model.perceptual.lpips import Lpips
 from model.vae import CausalVideoAutoencoder
 from pipeline.evaluation import evaluate_vae
 from pipeline.evaluation.diffusers_vae import DiffusersAutoencoder

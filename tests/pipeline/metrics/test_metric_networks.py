@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.dists import Dists
-from model.lpips import Lpips
+from model.perceptual.dists import Dists
+from model.perceptual.lpips import Lpips
 from model.quality import dover
 from pipeline.metrics import metric_networks
 from pipeline.metrics.metric_networks import LearnedMetrics, Networks

@@ -15,9 +15,9 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.discriminator import DiscriminatorConfig, VideoDiscriminator
-from model.lpips import Lpips
+from model.perceptual.lpips import Lpips
 from model.vae.autoencoder import CausalVideoAutoencoder
+from model.vae.discriminator import DiscriminatorConfig, VideoDiscriminator
 from pipeline.data.cropping import Bucket
 from pipeline.runtime.job_config import parse
 from pipeline.store import schema, storage

@@ -12,7 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from model.vae import AutoencoderConfig, CausalVideoAutoencoder
 from pipeline.weights import weights_folder
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHIPPED = ROOT / "demo" / "weights" / "vae"
 """The project's trained weights; random ones take their place where they are not there."""
 RANDOM = AutoencoderConfig(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import losses
-from model.discriminator import PAPER_CONFIG, DiscriminatorConfig, VideoDiscriminator
+from model.vae.discriminator import PAPER_CONFIG, DiscriminatorConfig, VideoDiscriminator
 
 SMALL = DiscriminatorConfig(width=8, layers=3, norm_groups=4)
 

@@ -98,7 +98,7 @@ print(status_bytes("VmHWM") - start)
 
 
 def measured_bytes(direction: str, frames: int, band_pixels: int | None) -> int:
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     script = MEASURE.format(
         root=root, config=CONFIG, band_pixels=band_pixels, frames=frames, direction=direction
     )

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from model.checkpoints import build_lpips, read_tensors
-from model.lpips import VGG16_WIDTHS, Lpips, video_lpips
+from model.perceptual.lpips import VGG16_WIDTHS, Lpips, video_lpips
 from tests.reference.random_vgg16 import random_vgg16
 
-RECORDED = Path(__file__).resolve().parents[1] / "data" / "scores" / "lpips.json"  # by record_lpips.py
+RECORDED = Path(__file__).resolve().parents[2] / "data" / "scores" / "lpips.json"  # by record_lpips.py
 
 
 def random_tables() -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.lpips import VGG16_WIDTHS, vgg16_features
+from model.perceptual.lpips import VGG16_WIDTHS, vgg16_features
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _STABLE = 1e-6

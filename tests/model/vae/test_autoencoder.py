@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.vae import FULL_CONFIG, AutoencoderConfig, CausalVideoAutoencoder, StreamMemory, posterior_noise
 
-PARITY = Path(__file__).parents[1] / "data" / "parity"
+PARITY = Path(__file__).parents[2] / "data" / "parity"
 TINY = AutoencoderConfig(
     widths=(8, 8, 16, 16),
     latent_channels=16,

@@ -1,0 +1,3 @@
+"""Distances between pictures by networks: LPIPS, DISTS.
+
+Imports nothing else of the model."""
