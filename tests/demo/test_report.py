@@ -14,7 +14,7 @@ from demo import report_plots, results
 from demo.report import metric_table, stage_table, training_tables
 from pipeline.evaluation.synthetic_pairs import write_lossless
 from pipeline.store import schema, storage
-from tests.pipeline.tiny_models import save_vae
+from tests.helpers.tiny_models import save_vae
 
 HOSTILE = "<img src=x onerror=alert(1)>_\"'&_0"
 FRAMES, HEIGHT, WIDTH = 6, 32, 48

@@ -7,7 +7,7 @@ import yaml
 from demo import held_out, table
 from demo.held_out import HELD_OUT, TRAINING, Shot
 from pipeline.video import decoding, encoding
-from tests.pipeline.clips import MEDIA
+from tests.helpers.clips import MEDIA
 
 
 def test_the_clips_are_many_and_no_network_has_seen_them():

@@ -13,13 +13,13 @@ from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.data.scorers import technical
 from pipeline.store import schema, storage
 from pipeline.video import sandbox
-from tests.pipeline.data_root import make_data_root
+from tests.helpers.data_root import make_data_root
 
 LIMIT = 80.0
 
 
 def photo() -> np.ndarray:
-    from tests.pipeline.data_root import MEDIA
+    from tests.helpers.data_root import MEDIA
 
     picture = cv2.imread(str(MEDIA / "coffee.jpg"))
     assert picture is not None

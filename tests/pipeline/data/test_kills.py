@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from pipeline.store import schema, storage
-from tests.pipeline.data_root import make_data_root
-from tests.pipeline.ray_cluster import driver_environment, new_node, one_node_cluster
-from tests.pipeline.tiny_models import save_vae
+from tests.helpers.data_root import make_data_root
+from tests.helpers.ray_cluster import driver_environment, new_node, one_node_cluster
+from tests.helpers.tiny_models import save_vae
 
 TRIALS = 10
 KINDS = ("worker", "driver", "node")

@@ -14,7 +14,7 @@ from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.data.scorers import scorer_config
 from pipeline.data.scorers.scorer_config import ScorersConfig
 from pipeline.store import schema, storage
-from tests.pipeline.data_root import MEDIA, make_data_root
+from tests.helpers.data_root import MEDIA, make_data_root
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 RN = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 4, "patch_size": None}

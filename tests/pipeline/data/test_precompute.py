@@ -14,8 +14,8 @@ from pipeline.data.cropping import Bucket, Native
 from pipeline.runtime import prometheus
 from pipeline.store import bf16_columns, schema, storage
 from pipeline.training.samples import latent_reader
-from tests.pipeline.data_root import make_data_root
-from tests.pipeline.tiny_models import save_vae
+from tests.helpers.data_root import make_data_root
+from tests.helpers.tiny_models import save_vae
 
 ROOT = Path(__file__).resolve().parents[3]
 BUCKETS = [Bucket(1, 64, 64), Bucket(5, 64, 64), Bucket(9, 96, 96)]

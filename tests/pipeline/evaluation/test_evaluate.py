@@ -17,7 +17,7 @@ from pipeline.metrics import psnr_ssim
 from pipeline.metrics.metric_networks import LearnedMetrics
 from pipeline.store import storage
 from pipeline.video import decoding, encoding
-from tests.pipeline import tiny_models
+from tests.helpers import tiny_models
 from tests.pipeline.data.test_learned_scores import RN, tiny_clip
 
 MEDIA = Path(__file__).resolve().parents[3] / "demo" / "media"

@@ -19,7 +19,7 @@ from pipeline.evaluation.evaluate_vae import EvaluateVaeConfig
 from pipeline.metrics import frechet, psnr_ssim
 from pipeline.store import storage
 from pipeline.video import decoding
-from tests.pipeline import tiny_models
+from tests.helpers import tiny_models
 from tests.pipeline.evaluation.test_evaluate import save
 
 MEDIA = Path(__file__).resolve().parents[3] / "demo" / "media"

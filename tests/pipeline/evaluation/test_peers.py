@@ -9,7 +9,7 @@ from pipeline.evaluation import comparison_tables, peers
 from pipeline.evaluation.peers import PeerConfig
 from pipeline.store import storage
 from pipeline.video import decoding, encoding
-from tests.pipeline.clips import MEDIA
+from tests.helpers.clips import MEDIA
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pipeline.evaluation import window_study
 from pipeline.evaluation.window_study import WindowStudyConfig, training_of, window_size
 from pipeline.store import storage
 from pipeline.training.runs.train_dit import StageConfig, TrainDitConfig
-from tests.pipeline import tiny_models
+from tests.helpers import tiny_models
 
 TRAINING = TrainDitConfig(
     data="file:///data",

@@ -14,7 +14,7 @@ from pipeline.restoration.memory_plan import (
     plans,
     step_down,
 )
-from tests.pipeline import tiny_models
+from tests.helpers import tiny_models
 
 FULL = Models(FULL_CONFIG, 2 * 250_648_227, 2 * 3_391_475_776, 6912, bytes_per_value=2, device="cuda")
 """The released 3B model in bfloat16."""

@@ -16,8 +16,8 @@ from pipeline.video import decoding
 from pipeline.video.muxing import stamped_frames
 from pipeline.weights import weights_folder
 from pipeline.weights.backbones import OWN, Backbone, ModelConfig, Prompt
-from tests.pipeline import tiny_models
-from tests.pipeline.clips import MEDIA, cut_with_sound, make_video, packets
+from tests.helpers import tiny_models
+from tests.helpers.clips import MEDIA, cut_with_sound, make_video, packets
 
 MODEL = ModelConfig("file:///d", vae="file:///v")
 SAMPLING = Sampling(steps=2, chunk_frames=9, overlap_frames=4, slice_frames=4)

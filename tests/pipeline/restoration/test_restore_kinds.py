@@ -15,8 +15,8 @@ from pipeline.restoration import restore
 from pipeline.restoration.restore import Encoding, RestoreActor, RestoreConfig, Sampling
 from pipeline.video import decoding, muxing
 from pipeline.weights.backbones import ModelConfig
-from tests.pipeline import tiny_models
-from tests.pipeline.clips import MEDIA, cut_with_sound, packets
+from tests.helpers import tiny_models
+from tests.helpers.clips import MEDIA, cut_with_sound, packets
 
 SAMPLING = Sampling(steps=1, chunk_frames=9, overlap_frames=4, slice_frames=8)
 

@@ -17,9 +17,9 @@ from pipeline.restoration.restore import Encoding, RestoreActor, RestoreConfig, 
 from pipeline.store import storage
 from pipeline.video import decoding, muxing
 from pipeline.weights.backbones import ModelConfig
-from tests.pipeline import tiny_models
-from tests.pipeline.clips import cut_with_sound, packets
-from tests.pipeline.processes import kill_tree
+from tests.helpers import tiny_models
+from tests.helpers.clips import cut_with_sound, packets
+from tests.helpers.processes import kill_tree
 
 SAMPLING = Sampling(steps=4, chunk_frames=9, overlap_frames=4, slice_frames=4)
 FRAMES = 41  # five chunks

@@ -24,9 +24,9 @@ from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.runtime import work_plan
 from pipeline.store import schema, source_cache, storage
 from pipeline.video import decoding
-from tests.pipeline import object_store
-from tests.pipeline.object_store import BUCKET, FaultyProxy
-from tests.pipeline.tiny_models import save_vae
+from tests.helpers import object_store
+from tests.helpers.object_store import BUCKET, FaultyProxy
+from tests.helpers.tiny_models import save_vae
 
 ROOT = Path(__file__).resolve().parents[3]
 MEDIA = ROOT / "demo" / "media"

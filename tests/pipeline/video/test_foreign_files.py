@@ -14,7 +14,7 @@ from pipeline.data import ingest, shots
 from pipeline.data.ingest import IngestConfig
 from pipeline.store import schema
 from pipeline.video.sandbox import Sandbox
-from tests.pipeline import bad_decoders
+from tests.helpers import bad_decoders
 from tests.pipeline.data.test_ingest import odd_files
 from tests.pipeline.video.test_decoding import encode, moving_picture
 

@@ -31,8 +31,8 @@ from pipeline.training.samples import latent_reader
 from pipeline.video import decoding, encoding
 from pipeline.weights import backbones, weights_folder
 from pipeline.weights.backbones import ModelConfig
-from tests.pipeline import released_models
-from tests.pipeline.data_root import make_data_root
+from tests.helpers import released_models
+from tests.helpers.data_root import make_data_root
 
 MEDIA = Path(__file__).resolve().parents[3] / "demo" / "media"
 ROOT = MEDIA.parents[1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.weights import weights_folder
-from tests.pipeline import tiny_models
+from tests.helpers import tiny_models
 
 
 def test_models_come_back_as_they_were_saved(tmp_path: Path):

@@ -6,7 +6,7 @@ from model.flow import MAX_TIME
 from pipeline.training.objectives import one_step_loss
 from pipeline.training.samples import latent_reader
 from pipeline.weights import weights_folder
-from tests.pipeline.tiny_models import save_vae
+from tests.helpers.tiny_models import save_vae
 
 SHAPES = [(1, 2, 2), (2, 4, 2)]
 ROWS = 4 + 16

@@ -12,8 +12,8 @@ from model import flow, text
 from model.dit.swin_mmdit import TINY, SwinMMDiT
 from model.vae.autoencoder import CausalVideoAutoencoder
 from pipeline.video import decoding
+from tests.helpers.data_root import MEDIA
 from tests.model.vae.test_wavelet_start import NARROW, started
-from tests.pipeline.data_root import MEDIA
 
 VIDEOS = ("cup.mp4", "box.mp4", "sintel.mp4", "pan_stream.mp4")
 IMAGES = ("cat.jpg", "coffee.jpg", "rocket.jpg", "flower.jpg")

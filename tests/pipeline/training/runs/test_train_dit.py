@@ -27,10 +27,10 @@ from pipeline.store import storage
 from pipeline.training.runs import train_dit, trainer
 from pipeline.training.samples import latent_reader, sample_order
 from pipeline.weights import weights_folder
+from tests.helpers.data_root import make_data_root
+from tests.helpers.processes import kill_tree
+from tests.helpers.tiny_models import DIT, save_vae
 from tests.model.dit.test_swin_mmdit import sd3_transformer
-from tests.pipeline.data_root import make_data_root
-from tests.pipeline.processes import kill_tree
-from tests.pipeline.tiny_models import DIT, save_vae
 
 ROOT = Path(__file__).resolve().parents[4]
 MODEL = dataclasses.replace(DIT, text_dim=64, pooled_dim=48)

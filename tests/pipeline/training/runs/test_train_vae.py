@@ -26,9 +26,9 @@ from pipeline.training.objectives.vae_loss import AdversarialConfig
 from pipeline.training.runs import train_vae, trainer
 from pipeline.video import pixel_range
 from pipeline.weights import weights_folder
-from tests.pipeline.data_root import make_data_root
-from tests.pipeline.processes import kill_tree
-from tests.pipeline.tiny_models import VAE, save_vae
+from tests.helpers.data_root import make_data_root
+from tests.helpers.processes import kill_tree
+from tests.helpers.tiny_models import VAE, save_vae
 
 ROOT = Path(__file__).resolve().parents[4]
 LPIPS_WIDTHS = (4, 4, 8, 8, 8)  # VGG16's levels, narrow

@@ -21,9 +21,9 @@ from pipeline.data.cropping import Bucket
 from pipeline.store import storage
 from pipeline.training.runs import train_dit, trainer
 from pipeline.training.state import checkpoint
-from tests.pipeline.data_root import make_data_root
-from tests.pipeline.ray_cluster import driver_environment, new_node, one_node_cluster
-from tests.pipeline.tiny_models import DIT, save_vae
+from tests.helpers.data_root import make_data_root
+from tests.helpers.ray_cluster import driver_environment, new_node, one_node_cluster
+from tests.helpers.tiny_models import DIT, save_vae
 
 ROOT = Path(__file__).resolve().parents[4]
 STEPS = 30

@@ -13,8 +13,8 @@ from pipeline.data import precompute
 from pipeline.data.cropping import Bucket
 from pipeline.store import schema
 from pipeline.training.runs import train_dit, validation
-from tests.pipeline.data_root import make_data_root
-from tests.pipeline.tiny_models import save_vae
+from tests.helpers.data_root import make_data_root
+from tests.helpers.tiny_models import save_vae
 from tests.pipeline.training.runs.test_train_dit import dit_config, history, stage_config
 
 

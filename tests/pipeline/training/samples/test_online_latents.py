@@ -12,8 +12,8 @@ from pipeline.runtime import stage
 from pipeline.store import schema, storage
 from pipeline.training.runs import train_dit
 from pipeline.training.samples import latent_reader, online_latents
-from tests.pipeline.data_root import make_data_root
-from tests.pipeline.tiny_models import save_vae
+from tests.helpers.data_root import make_data_root
+from tests.helpers.tiny_models import save_vae
 from tests.pipeline.training.runs.test_train_dit import dit_config, losses, stage_config
 
 BUCKETS = [Bucket(1, 64, 64), Bucket(5, 64, 64)]

@@ -8,7 +8,7 @@ from model.dit.swin_mmdit import SD3_MEDIUM
 from pipeline.store import schema
 from pipeline.training.samples import pack_balance, sample_order
 from pipeline.training.samples.sample_order import SampleStream, pack_step
-from tests.pipeline.tiny_models import DIT
+from tests.helpers.tiny_models import DIT
 
 SIZES = [(1, 64, 64), (5, 64, 64), (9, 96, 96), (13, 128, 128)]
 

@@ -10,9 +10,9 @@ import torch
 from pipeline.store import storage
 from pipeline.training.state import checkpoint
 from pipeline.training.state.control import StoppedError
-from tests.pipeline import object_store
-from tests.pipeline.object_store import BUCKET
-from tests.pipeline.ranks import Run, on_ranks, process_group
+from tests.helpers import object_store
+from tests.helpers.object_store import BUCKET
+from tests.helpers.ranks import Run, on_ranks, process_group
 
 STAGES = (1, 2, 3)
 

@@ -8,7 +8,7 @@ from model import checkpoints
 from model.dit.nadit import NaDiT, NaDiTConfig
 from model.vae.autoencoder import CausalVideoAutoencoder
 from pipeline.weights.backbones import ModelConfig
-from tests.pipeline import tiny_models
+from tests.helpers import tiny_models
 
 TEXT_DIM = 24
 SHAPES = {
