@@ -4,8 +4,8 @@
     python -m demo.table --weights FOLDER --recipes realbasicvsr --steps 1
 
 Makes the pairs of `demo.held_out` with `pipeline.evaluation.synthetic_pairs` (seed 0), restores the degraded
-ones, measures all with `pipeline.evaluation.evaluate`, and prints a table for each recipe. The filter to beat is the best of
-`filters.GRID` on training clips degraded in the same way. All is kept below out/table; a second run makes the
+ones, measures all with `pipeline.evaluation.evaluate`, and prints a table for each recipe. The filter to beat
+is the best of `baselines.GRID` on training clips degraded in the same way. All is kept below out/table; a second run makes the
 pairs and restored clips that are missing and measures again.
 """
 

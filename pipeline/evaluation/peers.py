@@ -5,7 +5,7 @@ those in configs/peers.yaml have a name. `_peer.json` beside the results holds w
 prints that beside the quality. The filters of `pipeline.evaluation.baselines`, then bicubic enlargement, are a
 command of this module:
 
-    python -m pipeline.evaluation.peers FILTER INPUT OUTPUT SCALE      (none, median, mean3, gaussian:1.3)
+    python -m pipeline.evaluation.peers FILTER INPUT OUTPUT SCALE   (none, median, mean3, gaussian:1.3)
 """
 
 import dataclasses

@@ -106,8 +106,8 @@ def plain_losses(config: train_dit.TrainDitConfig) -> list[float]:
             whole = latent_reader.collate(
                 [
                     latent_reader.training_sample(reader, stream[one], config.seed)
-                    for one in sum(packed.packs, [])
-                ]  # noqa: RUF017
+                    for one in sum(packed.packs, [])  # noqa: RUF017
+                ]
             )
             for group in adam.param_groups:
                 group["lr"] = rate_of(stage, number, config.optimiser)
