@@ -5,8 +5,8 @@
 
 Makes the pairs of `demo.held_out` with `pipeline.evaluation.synthetic_pairs` (seed 0), restores the degraded
 ones, measures all with `pipeline.evaluation.evaluate`, and prints a table for each recipe. The filter to beat
-is the best of `baselines.GRID` on training clips degraded in the same way. All is kept below out/table; a second run makes the
-pairs and restored clips that are missing and measures again.
+is the best of `baselines.GRID` on training clips degraded in the same way. All is kept below out/table;
+a second run makes the pairs and restored clips that are missing and measures again.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 A command is a template with {input} and {output} (local folders), {scale}, {weights}, {python} and {root};
 those in configs/peers.yaml have a name. `_peer.json` beside the results holds what it cost; `jobs.evaluate`
-prints that beside the quality. The filters of `pipeline.evaluation.baselines`, then bicubic enlargement, are a
-command of this module:
+prints that beside the quality. The filters of `pipeline.evaluation.baselines`, then bicubic enlargement, are
+a command of this module:
 
     python -m pipeline.evaluation.peers FILTER INPUT OUTPUT SCALE   (none, median, mean3, gaussian:1.3)
 """
