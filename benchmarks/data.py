@@ -35,7 +35,7 @@ from pipeline.data.filter import FilterConfig
 from pipeline.data.scorers import technical
 from pipeline.metrics import niqe
 from pipeline.runtime import stage, work_plan
-from pipeline.store import schema, storage
+from pipeline.store import hashing, schema, storage
 from pipeline.video import decoding
 
 OUT = Path("out/bench")
@@ -175,7 +175,7 @@ def _score_in_pool(arguments: tuple[str, FilterConfig]) -> None:
 def filter_shards(clips: list[dict[str, Any]], copies: int, rival: str) -> tuple[float, float]:
     """The clips so often through the filter's own shards, in a pool or under Ray."""
     many = [
-        {**clip, "clip_id": schema.stable_id(clip["clip_id"], n), "source_id": f"{clip['source_id']}{n}"}
+        {**clip, "clip_id": hashing.stable_id(clip["clip_id"], n), "source_id": f"{clip['source_id']}{n}"}
         for n in range(copies)
         for clip in clips
     ]

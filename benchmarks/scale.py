@@ -29,7 +29,7 @@ from pipeline.data import cropping, ingest, precompute, text_embeddings
 from pipeline.data import filter as filter_stage
 from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.runtime import stage, work_plan
-from pipeline.store import schema, storage
+from pipeline.store import hashing, schema, storage
 
 OUT = Path("out/bench")
 SIZES = (100_000, 300_000, 1_000_000)
@@ -45,7 +45,7 @@ def clips_and_scores(first: int, count: int) -> tuple[pa.Table, pa.Table]:
     """Rows [first, first + count) of the synthetic tables."""
     draw = np.random.default_rng(first)
     numbers = np.arange(first, first + count)
-    ids = [schema.stable_id("clip", int(number)) for number in numbers]
+    ids = [hashing.stable_id("clip", int(number)) for number in numbers]
     source = numbers // CLIPS_A_SOURCE
     image = source % 10 == 0
     broken = draw.random(count) < 0.2
@@ -54,7 +54,7 @@ def clips_and_scores(first: int, count: int) -> tuple[pa.Table, pa.Table]:
     columns: dict[str, list[Any]] = {
         "clip_id": ids,
         "uri": [f"s3://bucket/raw/{number:07d}.mp4" for number in source],
-        "source_id": [schema.stable_id("source", int(number)) for number in source],
+        "source_id": [hashing.stable_id("source", int(number)) for number in source],
         "source_bytes": [10_000_000] * count,
         "media": ["image" if one else "video" for one in image],
         "start_pts": (numbers % CLIPS_A_SOURCE * 61_952).tolist(),
@@ -66,7 +66,7 @@ def clips_and_scores(first: int, count: int) -> tuple[pa.Table, pa.Table]:
         "width": draw.choice([640, 1280, 1920], count).tolist(),
         "height": draw.choice([360, 720, 1080], count).tolist(),
         "rotation": [0] * count,
-        "phash": [f"{schema.stable_hash('hash', int(number)):016x}" for number in hashed],
+        "phash": [f"{hashing.stable_hash('hash', int(number)):016x}" for number in hashed],
         "caption": ["a person walks along a river"] * count,
         "error": ["FFmpeg cannot read it: Invalid data" if one else None for one in broken],
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.store import schema
+from pipeline.store import hashing, schema
 
 _SIDE = schema.SPATIAL_FACTOR * schema.PATCH
 
@@ -76,8 +76,8 @@ def plan_samples(
     rows = []
     for name, bucket in chosen:
         for variant in range(variants):
-            sample_id = schema.stable_id(clip["clip_id"], name, variant)
-            sample_seed = schema.stable_hash(seed, sample_id)
+            sample_id = hashing.stable_id(clip["clip_id"], name, variant)
+            sample_seed = hashing.stable_hash(seed, sample_id)
             rows.append(
                 {
                     "sample_id": sample_id,

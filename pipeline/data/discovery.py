@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.store import schema, storage
+from pipeline.store import hashing, storage
 
 # fmt: off
 VIDEO_ENDINGS = (
@@ -47,7 +47,7 @@ class Listing:
         found = self._from_manifest(self.manifest) if self.manifest else self._from_folder()
         for path, size, etag, labels in found:
             yield {
-                "source_id": schema.stable_id(path, size),
+                "source_id": hashing.stable_id(path, size),
                 "path": path,
                 "uri": storage.join(self.input, path),
                 "bytes": size,

@@ -21,7 +21,7 @@ from pipeline.data.scorers import scorer_config, technical
 from pipeline.data.scorers.scorer_config import ScorersConfig
 from pipeline.data.selection import Threshold
 from pipeline.runtime import prometheus, stage, work_plan
-from pipeline.store import schema, source_cache, storage
+from pipeline.store import hashing, schema, source_cache, storage
 from pipeline.video.sandbox import MediaError
 from pipeline.video.sandbox import shared as shared_sandbox
 
@@ -82,7 +82,7 @@ class FilterConfig:
 
     @property
     def fingerprint(self) -> str:
-        return schema.fingerprint(
+        return hashing.fingerprint(
             scores=list(technical.SCORES),
             version=technical.VERSION,
             frames=self.sampled_frames,
@@ -192,7 +192,7 @@ def score_learned(config: FilterConfig, made_by: list[str], files: list[str]) ->
     for bits in map(int, np.unique(lacking[lacking > 0])):
         wanted = [scorer for bit, scorer in enumerate(made_by) if bits >> bit & 1]
         folder = storage.join(config.data, schema.LEARNED, scorer_config.folder_of(wanted))
-        fingerprint = schema.fingerprint(scorers=sorted(wanted))
+        fingerprint = hashing.fingerprint(scorers=sorted(wanted))
         rows = (row for row, own in zip(_rows_of(files), lacking, strict=True) if own == bits)
         size = config.scorers.clips_per_shard
         planned = work_plan.plan(folder, rows, "clip_id", fingerprint, size, near=itemgetter("source_id"))

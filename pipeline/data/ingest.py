@@ -18,7 +18,7 @@ import ray
 
 from pipeline.data import discovery, shots
 from pipeline.runtime import stage, work_plan
-from pipeline.store import schema, source_cache, storage
+from pipeline.store import hashing, schema, source_cache, storage
 from pipeline.video import decoding
 from pipeline.video.sandbox import MediaError, Sandbox
 from pipeline.video.sandbox import shared as shared_sandbox
@@ -94,7 +94,7 @@ class IngestConfig:
 
     @property
     def fingerprint(self) -> str:
-        return schema.fingerprint(stage="ingest", shots=shots.VERSION, **dataclasses.asdict(self.cutting))
+        return hashing.fingerprint(stage="ingest", shots=shots.VERSION, **dataclasses.asdict(self.cutting))
 
 
 def list_sources(config: IngestConfig) -> discovery.Listing:
@@ -124,7 +124,7 @@ def ingest_source(source: dict[str, Any], config: IngestConfig, sandbox: Sandbox
         return [
             schema.empty_row(
                 schema.CLIPS_SCHEMA,
-                clip_id=schema.stable_id(source["path"], source["bytes"], "", ""),
+                clip_id=hashing.stable_id(source["path"], source["bytes"], "", ""),
                 error=reason,
                 **common,
             )
@@ -160,7 +160,7 @@ def _rows(
             raise MediaError("no undamaged frame of it can be decoded")
     rows = []
     for clip in clips:
-        clip_id = schema.stable_id(source["path"], source["bytes"], clip["start_pts"], clip["end_pts"])
+        clip_id = hashing.stable_id(source["path"], source["bytes"], clip["start_pts"], clip["end_pts"])
         times = {}
         if found.media == "video":
             start_s, end_s = (float(clip[key] * found.time_base) for key in ("start_pts", "end_pts"))
@@ -206,7 +206,7 @@ def _scan_frames(
 
 
 def _span_url(source: dict[str, Any], begin: int | None, end: int | None, config: IngestConfig) -> str:
-    name = schema.stable_id(source["source_id"], begin, end, shots.VERSION)
+    name = hashing.stable_id(source["source_id"], begin, end, shots.VERSION)
     return storage.join(_spans_folder(source, config), f"{name}.npy")
 
 

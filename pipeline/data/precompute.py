@@ -21,7 +21,7 @@ from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, d
 from model.vae.autoencoder import CausalVideoAutoencoder, posterior_noise
 from pipeline.data import cropping, precompute_cost, text_embeddings
 from pipeline.runtime import prometheus, stage, work_plan
-from pipeline.store import bf16_columns, schema, source_cache, storage
+from pipeline.store import bf16_columns, hashing, schema, source_cache, storage
 from pipeline.video import decoding, pixel_range
 from pipeline.video.sandbox import MediaError
 from pipeline.video.sandbox import shared as shared_sandbox
@@ -141,7 +141,7 @@ def encode_pair(vae: CausalVideoAutoencoder, hq: np.ndarray, lq: np.ndarray, see
     columns: dict[str, Any] = {}
     for row, which in enumerate(("hq", "lq")):
         shape = tuple(mean[row : row + 1].shape)
-        noise = posterior_noise(shape, schema.stable_hash(seed, which)).to(mean)
+        noise = posterior_noise(shape, hashing.stable_hash(seed, which)).to(mean)
         latent = vae.to_latent(mean[row : row + 1], log_variance[row : row + 1], noise)
         columns |= bf16_columns.to_columns(f"{which}_latent", latent[0].permute(1, 2, 3, 0))
     return columns
@@ -260,7 +260,7 @@ def complete_index(latents_url: str) -> int:
 
 
 def latents_fingerprint(config: PrecomputeConfig) -> str:
-    return schema.fingerprint(
+    return hashing.fingerprint(
         vae=weights_folder.weights_hash(config.vae),
         video_recipe=dataclasses.asdict(config.video_recipe),
         image_recipe=dataclasses.asdict(config.image_recipe),

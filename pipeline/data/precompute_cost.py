@@ -8,7 +8,7 @@ import heapq
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from pipeline.store import schema
+from pipeline.store import hashing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ def estimate(
         bucket = row["bucket"]
         counts[bucket] = counts.get(bucket, 0) + 1
         heap = chosen.setdefault(bucket, [])
-        entry = (-schema.stable_hash("measure", row["sample_id"]), row["sample_id"], row)
+        entry = (-hashing.stable_hash("measure", row["sample_id"]), row["sample_id"], row)
         if len(heap) < measured_samples:
             heapq.heappush(heap, entry)
         else:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.store import schema
+from pipeline.store import hashing
 from pipeline.store.id_index import Lookup, id_array
 
 MAX_DUPLICATE_DISTANCE = 3
@@ -298,7 +298,7 @@ def split(
         # A unit's name is its smallest source, which does not depend on the order of joining.
         numbers, firsts = np.unique(units, return_index=True)
         for unit, first in zip(numbers, firsts, strict=True):
-            if schema.stable_hash("split", sources[first].decode()) < threshold:
+            if hashing.stable_hash("split", sources[first].decode()) < threshold:
                 held_units[unit] = True
     held = held_units[units[source]] | clips.held_part
     held_groups = np.zeros(len(labels), bool)

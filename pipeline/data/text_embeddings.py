@@ -21,7 +21,7 @@ from torch import Tensor
 from model import text
 from model.text import TextEmbedding, TextEncoderConfig, TextEncoders
 from pipeline.runtime import prometheus, stage, work_plan
-from pipeline.store import bf16_columns, schema, storage
+from pipeline.store import bf16_columns, hashing, schema, storage
 from pipeline.store.id_index import ID_BYTES, Lookup, id_array
 from pipeline.weights import backbones, weights_folder
 
@@ -210,7 +210,7 @@ def embed_kept_clips(data_url: str, kept: KeptClips, config: TextConfig, cpus: f
     """Fill text/ for every kept clip, and `kept` with their text tokens."""
     folder = storage.join(data_url, schema.TEXT)
     rows = (row for row, _, _ in kept.rows(data_url, ["clip_id", "caption"]))
-    fingerprint = schema.fingerprint(text=dataclasses.asdict(config))
+    fingerprint = hashing.fingerprint(text=dataclasses.asdict(config))
     planned = work_plan.plan(folder, rows, "clip_id", fingerprint, _CLIPS_PER_SHARD)
     stage.run_shards(
         planned.pending,
@@ -229,7 +229,7 @@ def fix_kept_clips(data_url: str, kept: KeptClips, config: FixedTextConfig) -> N
     rows = (row for row, _, _ in kept.rows(data_url, ["clip_id"]))
     urls = dataclasses.asdict(config)
     hashes = {name: weights_folder.weights_hash(url) for name, url in urls.items()}
-    fingerprint = schema.fingerprint(fixed_text=hashes)
+    fingerprint = hashing.fingerprint(fixed_text=hashes)
     fixed = json.dumps({name: {"url": url, "sha256": hashes[name]} for name, url in urls.items()})
     table = schema.with_fingerprint(
         schema.TEXT_SCHEMA, fingerprint, text="fixed", **{_FIXED_KEY.decode(): fixed}

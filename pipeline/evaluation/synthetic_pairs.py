@@ -22,7 +22,7 @@ import ray
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, draw, to_json
 from pipeline.data.discovery import IMAGE_ENDINGS, VIDEO_ENDINGS
 from pipeline.runtime import stage
-from pipeline.store import schema, source_cache, storage
+from pipeline.store import hashing, schema, source_cache, storage
 from pipeline.video import decoding, encoding
 from pipeline.video.sandbox import shared as shared_sandbox
 
@@ -71,7 +71,7 @@ class PairsConfig:
     @property
     def fingerprint(self) -> str:
         """Of what determines a pair, besides its clip."""
-        return schema.fingerprint(
+        return hashing.fingerprint(
             stage="pairs",
             recipes=(dataclasses.asdict(self.video_recipe), dataclasses.asdict(self.image_recipe)),
             limits=(self.max_frames, self.max_height, self.max_width),
@@ -83,7 +83,7 @@ def clip_rows(config: PairsConfig) -> list[dict[str, Any]]:
     """What pairs are made from: rows like those of clips/, each with a `name` for its files."""
     if config.folder is not None:
         rows = [
-            {"clip_id": schema.stable_id(url.removeprefix(config.folder).lstrip("/"), size), "uri": url}
+            {"clip_id": hashing.stable_id(url.removeprefix(config.folder).lstrip("/"), size), "uri": url}
             for url, size, _ in storage.list_files(config.folder)
             if os.path.splitext(url)[1].lower() in (*VIDEO_ENDINGS, *IMAGE_ENDINGS)
         ]
@@ -160,7 +160,7 @@ def make_pair(row: dict[str, Any], config: PairsConfig) -> dict[str, Any]:
         return storage.read_json(record_url)
     record = {"name": row["name"], "clip_id": row["clip_id"], "source": os.path.basename(row["uri"])}
     sandbox = shared_sandbox(config.decode_seconds)
-    seed = schema.stable_hash(config.seed, row["clip_id"])
+    seed = hashing.stable_hash(config.seed, row["clip_id"])
     cv2.setNumThreads(1)  # one task, one core
     try:
         with source_cache.local_file(row["uri"], row.get("source_etag")) as path:

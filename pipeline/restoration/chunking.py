@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.store.schema import stable_hash
+from pipeline.store.hashing import stable_hash
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import html
 import os
 from typing import Any
 
-from pipeline.store import schema, storage
+from pipeline.store import hashing, storage
 
 FOLDER = "_preview"
 PAGE = "preview.html"
@@ -24,7 +24,7 @@ def write(output_url: str, rows: list[dict[str, Any]]) -> None:
     """The page of all manifest rows that have a preview."""
     figures = []
     for row in rows:
-        name = schema.stable_id(row["name"])
+        name = hashing.stable_id(row["name"])
         there = storage.exists(storage.join(output_url, FOLDER, f"{name}_restored.jpg"))
         if row["error"] is None and row.get("preview") and there:
             figures.append(_figure(row, f"{FOLDER}/{name}"))

@@ -31,7 +31,7 @@ from pipeline.restoration.restore_file import (
 from pipeline.restoration.restorer import STEPS_OF_WORK, Restorer, Sampling
 from pipeline.restoration.resume import Segments
 from pipeline.runtime import stage
-from pipeline.store import schema, storage
+from pipeline.store import hashing, storage
 from pipeline.video import decoding
 from pipeline.video.sandbox import Sandbox
 from pipeline.weights import backbones
@@ -174,7 +174,7 @@ def _add_to_sequence(rows: dict[str, dict[str, Any]], root: str, url: str, size:
     row = rows.setdefault(folder, {"input": folder, "bytes": 0, "etag": "", "name": name, "files": []})
     row["files"].append(url)
     row["bytes"] += size
-    row["etag"] = schema.stable_id(row["etag"], posixpath.basename(url), size, etag)
+    row["etag"] = hashing.stable_id(row["etag"], posixpath.basename(url), size, etag)
 
 
 def natural_order(url: str) -> list[tuple[int, str]]:
@@ -184,7 +184,7 @@ def natural_order(url: str) -> list[tuple[int, str]]:
 
 def target_of(config: RestoreConfig, row: dict[str, Any]) -> Target:
     """Where a row's result goes, and its segments and preview meanwhile."""
-    number = schema.stable_id(row["name"])
+    number = hashing.stable_id(row["name"])
     preview = storage.join(config.output, preview_page.FOLDER, number) if row["preview"] else None
     return Target(
         result=storage.join(config.output, row["name"]),
@@ -196,12 +196,12 @@ def target_of(config: RestoreConfig, row: dict[str, Any]) -> Target:
 
 def row_url(config: RestoreConfig, row: dict[str, Any]) -> str:
     """Where the manifest row of a finished file is kept."""
-    return storage.join(config.output, _ROWS, f"{schema.stable_id(row['name'])}.json")
+    return storage.join(config.output, _ROWS, f"{hashing.stable_id(row['name'])}.json")
 
 
 def fingerprint(config: RestoreConfig, row: dict[str, Any]) -> str:
     """Of everything that determines a result: a file is done only if it was made in this very way."""
-    return schema.fingerprint(
+    return hashing.fingerprint(
         source=(row["input"], row["bytes"], row["etag"]),
         models=config.model.hashes(),
         kind=(config.model.kind, config.model.shape_quirk),
@@ -316,7 +316,7 @@ class RestoreActor:
             assert source.path is not None
             return restore_image(self.restorer, source.path, size, target, self.sandbox)
         plan = dataclasses.asdict(self.restorer.plan) if self.restorer.plan else {}
-        segments = Segments(target.parts, schema.fingerprint(row=row["fingerprint"], plan=plan), folder)
+        segments = Segments(target.parts, hashing.fingerprint(row=row["fingerprint"], plan=plan), folder)
         encoding = self.config.encoding
         state = segments.load()
         storage.write_json(storage.join(target.parts, PLAN), {**plan, "fingerprint": row["fingerprint"]})

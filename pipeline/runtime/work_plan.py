@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.runtime import prometheus
-from pipeline.store import schema, storage
+from pipeline.store import hashing, schema, storage
 
 PLANS = "_plan"
 PLAN_SCHEMA = pa.schema([("id", pa.string()), ("row", pa.string())])
@@ -77,7 +77,7 @@ def _plan_files(folder_url: str) -> list[str]:
 
 def _hashes(ids: Iterable[str]) -> np.ndarray:
     """A 63-bit number for each id. Two of a billion ids are alike with a chance of 5%, of a million 5e-8."""
-    return np.fromiter((schema.stable_hash(row_id) for row_id in ids), np.int64)
+    return np.fromiter((hashing.stable_hash(row_id) for row_id in ids), np.int64)
 
 
 def _among(values: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -140,10 +140,10 @@ def _write_plan(
     """One plan file; its rows in the order of hashes, so that a shard is a fair mixture."""
 
     def order(row: dict[str, Any]) -> tuple[int, str]:
-        return schema.stable_hash(near(row) if near else row[id_column]), row[id_column]
+        return hashing.stable_hash(near(row) if near else row[id_column]), row[id_column]
 
     rows = sorted(rows, key=order)
-    name = schema.stable_id(fingerprint, *[row[id_column] for row in rows])[:12]
+    name = hashing.stable_id(fingerprint, *[row[id_column] for row in rows])[:12]
     table = pa.Table.from_pylist(
         [{"id": row[id_column], "row": json.dumps(row)} for row in rows], schema=PLAN_SCHEMA
     )

@@ -5,13 +5,9 @@ The way of a clip: clips -> scores -> selection -> text + latents. All tables ar
 recipe, seed, sampling), so that rows of two kinds never mix.
 """
 
-import hashlib
-import json
 from typing import Any
 
 import pyarrow as pa
-
-CONTRACT_VERSION = 1
 
 # Folder names below a data root.
 CLIPS, SCORES, SELECTION, TEXT, LATENTS = "clips", "scores", "selection", "text", "latents"
@@ -163,23 +159,6 @@ def with_fingerprint(schema: pa.Schema, fingerprint: str, **metadata: str) -> pa
     """The schema with the fingerprint and further key/value metadata of a table's files."""
     extra = {key.encode(): value.encode() for key, value in metadata.items()}
     return schema.with_metadata({FINGERPRINT_KEY: fingerprint.encode(), **extra})
-
-
-def fingerprint(**determinants: Any) -> str:
-    """16 hex digits over everything that determines a row's content (never which rows exist)."""
-    text = json.dumps({"contract": CONTRACT_VERSION, **determinants}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def stable_hash(*parts: object) -> int:
-    """A 63-bit integer of the parts, the same on every machine and run: ids, seeds and shards use it."""
-    text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
-
-
-def stable_id(*parts: object) -> str:
-    """16 hex digits of the parts."""
-    return f"{stable_hash(*parts):016x}"
 
 
 def empty_row(schema: pa.Schema, **values: Any) -> dict[str, Any]:

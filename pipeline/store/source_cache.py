@@ -22,7 +22,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.store import schema, storage
+from pipeline.store import hashing, storage
 
 _PREFIX = f"openseedvr-sources-{os.getuid()}-"
 _MAX_FILES = 10_000
@@ -65,11 +65,11 @@ def local_file(url: str, etag: str | None, last_use: bool = False) -> Iterator[s
         return
     folder, ending = _folder(), os.path.splitext(url)[1]
     folder.mkdir(mode=0o700, exist_ok=True)
-    kept = folder / (schema.stable_id(url, etag or "") + ending)
+    kept = folder / (hashing.stable_id(url, etag or "") + ending)
     # A name of one's own: another process may take `kept` away meanwhile.
     mine = folder / f".{uuid.uuid4().hex}{ending}"
     try:
-        with _locked(folder / f".lock{schema.stable_hash(kept.name) % _LOCKS}"):
+        with _locked(folder / f".lock{hashing.stable_hash(kept.name) % _LOCKS}"):
             try:
                 os.link(kept, mine)
                 os.utime(kept)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.data.filter import SELECTION_FILE
-from pipeline.store import schema, storage
+from pipeline.store import hashing, schema, storage
 from pipeline.video import decoding
 
 MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
@@ -18,13 +18,13 @@ def make_data_root(root: Path, train: list[str], held_out: list[str], frames: in
         for name in names:
             probe = decoding.probe(str(MEDIA / name))
             count = 1 if probe.media == "image" else min(frames, probe.num_frames or frames)
-            clip_id = schema.stable_id(name)
+            clip_id = hashing.stable_id(name)
             clips.append(
                 schema.empty_row(
                     schema.CLIPS_SCHEMA,
                     clip_id=clip_id,
                     uri=f"file://{MEDIA / name}",
-                    source_id=schema.stable_id("source", name),
+                    source_id=hashing.stable_id("source", name),
                     media=probe.media,
                     start_pts=probe.start_pts,
                     time_base=str(probe.time_base),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.store import schema, storage
+from pipeline.store import hashing, schema, storage
 
 # Raise a number when its score changes its meaning: the score is then computed anew.
 _DEFINITIONS = {"aesthetic": 1, "clip_iqa": 1, "fast_vqa": 1, "musiq": 1, "dover": 1}
@@ -76,7 +76,7 @@ def fingerprints(config: ScorersConfig) -> dict[str, str]:
             parts["model"] = config.fast_vqa_model
         if name in ("aesthetic", "clip_iqa", "musiq"):
             parts["frames"] = config.frames
-        found[name] = f"{name}-{schema.fingerprint(**parts)}"
+        found[name] = f"{name}-{hashing.fingerprint(**parts)}"
     return found
 
 
@@ -115,7 +115,7 @@ def clip_hash(source: str, key: str) -> str:
             if path.is_file():
                 with path.open("rb") as file:
                     hashes.append((path.name, _sha256(file.read)))
-        return schema.fingerprint(files=hashes)
+        return hashing.fingerprint(files=hashes)
     from huggingface_hub import hf_hub_download  # slow to import
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.runtime import prometheus
-from pipeline.store import schema, storage
+from pipeline.store import hashing, storage
 from pipeline.training.runs import trainer
 
 TIME_BINS = 5
@@ -90,7 +90,7 @@ class Log:
         self._wandb: Any = None
         if wandb is not None and writes:
             self._wandb = importlib.import_module("wandb")
-            run = schema.stable_id(output_url, name)  # a resumed run goes on in its own charts
+            run = hashing.stable_id(output_url, name)  # a resumed run goes on in its own charts
             self._wandb.init(project=wandb, name=name, id=run, resume="allow", config=dict(settings or {}))
 
     def step(

@@ -20,7 +20,7 @@ from model import checkpoints, flops
 from model.dit.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
 from pipeline.data import text_embeddings
 from pipeline.runtime import stage
-from pipeline.store import schema, storage
+from pipeline.store import hashing, schema, storage
 from pipeline.training.objectives.one_step_loss import OneStepConfig, PixelLoss
 from pipeline.training.runs import run_log, trainer
 from pipeline.training.runs.validation import Validation, ValidationConfig
@@ -210,7 +210,7 @@ def held_out_set(
         packs[-1].append(latent_reader.training_sample(reader, one, config.seed, False, timestep))
         load += one.tokens
     names = [(one.row["sample_id"], one.epoch, timestep) for one, timestep in zip(drawn, times, strict=True)]
-    set_hash = schema.stable_id(json.dumps(names), config.seed)
+    set_hash = hashing.stable_id(json.dumps(names), config.seed)
     return HeldOut([latent_reader.collate(pack) for pack in packs], count, set_hash)
 
 

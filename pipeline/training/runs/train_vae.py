@@ -23,7 +23,7 @@ from model.vae.wavelet_start import check_wavelet_start, start_as_wavelets
 from pipeline.data import cropping
 from pipeline.metrics.psnr_ssim import psnr
 from pipeline.runtime import stage
-from pipeline.store import schema, source_cache, storage
+from pipeline.store import hashing, schema, source_cache, storage
 from pipeline.training.objectives import vae_loss
 from pipeline.training.objectives.vae_loss import AdversarialConfig, Group, Objective
 from pipeline.training.runs import run_log, trainer
@@ -161,7 +161,7 @@ class CropReader:
     def crops(self, *key: object) -> list[np.ndarray]:
         """`crops_per_read` crops, uint8 (T, H, W, 3), of a clip that the key draws. Unreadable clips are
         passed over for the next draw; ValueError after 20."""
-        generator = np.random.default_rng(schema.stable_hash(self.config.seed, *key))
+        generator = np.random.default_rng(hashing.stable_hash(self.config.seed, *key))
         for _ in range(20):
             image = self.images and generator.random() < self.config.image_share
             pool = self.images if image else self.videos
@@ -259,7 +259,7 @@ class Run:
 
     def make_discriminator(self, adversarial: AdversarialConfig) -> Any:
         """The discriminator's engine; its weights depend on the seed alone."""
-        torch.manual_seed(schema.stable_hash(self.config.seed, DISCRIMINATOR))
+        torch.manual_seed(hashing.stable_hash(self.config.seed, DISCRIMINATOR))
         model = VideoDiscriminator(adversarial.discriminator).to(self.device)
         optimiser = dataclasses.replace(self.config.optimiser, betas=adversarial.betas, weight_decay=0.0)
         return trainer.make_engine(model, self.config.scale, optimiser, accumulation=1)
@@ -271,7 +271,7 @@ class Run:
 
     def train_stage(self, config: VaeStageConfig) -> None:
         held_out = self.held_out_crops(config)
-        set_hash = schema.stable_id(*[crop.tobytes() for crop in held_out])
+        set_hash = hashing.stable_id(*[crop.tobytes() for crop in held_out])
         if len(self.state["held_out"]) == self.state["stage"]:
             self.state["held_out"].append(
                 {
@@ -305,7 +305,7 @@ class Run:
         rate = self.set_learning_rates(config)
         crops = next(steps)
         waited_s = time.monotonic() - start
-        seed = schema.stable_hash(self.config.seed, "posterior", step, trainer.rank())
+        seed = hashing.stable_hash(self.config.seed, "posterior", step, trainer.rank())
         generator = torch.Generator().manual_seed(seed)
         groups = [
             Group(

@@ -18,7 +18,7 @@ from model import flow
 from pipeline.metrics.niqe import niqe
 from pipeline.metrics.psnr_ssim import full_reference_scores
 from pipeline.restoration.chunking import frame_noise
-from pipeline.store import schema, storage
+from pipeline.store import hashing, schema, storage
 from pipeline.training.runs import trainer
 from pipeline.training.samples.latent_reader import Batch, Reader
 from pipeline.video import encoding, pixel_range
@@ -99,7 +99,7 @@ class Validation:
     def _restored(self, velocity: Callable[[Batch], Tensor], row: dict[str, Any], lq: Tensor) -> Tensor:
         """Sampled from noise as restore does it: (T', H', W', 16)."""
         shape = (lq.shape[0], lq.shape[1], lq.shape[2])
-        seed = schema.stable_hash(self.seed, FOLDER, row["sample_id"])
+        seed = hashing.stable_hash(self.seed, FOLDER, row["sample_id"])
         noise, condition_noise = (
             frame_noise(seed, purpose, 0, tuple(lq.shape)).flatten(0, 2).to(self.device)
             for purpose in ("initial", "condition")

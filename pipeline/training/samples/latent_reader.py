@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model import flow, text
 from pipeline.data import text_embeddings
-from pipeline.store import bf16_columns, schema, storage
+from pipeline.store import bf16_columns, hashing, schema, storage
 from pipeline.store.id_index import Lookup, id_array
 from pipeline.training.samples.sample_order import Drawn, SampleStream, pack_step
 
@@ -151,7 +151,7 @@ def _ids_and_groups(file_url: str) -> tuple[np.ndarray, np.ndarray]:
 
 def draw_generator(seed: int, epoch: int, sample_id: str) -> torch.Generator:
     """All of a sample's randomness in one epoch, whichever rank or pack it falls to."""
-    return torch.Generator().manual_seed(schema.stable_hash(seed, "draw", epoch, sample_id))
+    return torch.Generator().manual_seed(hashing.stable_hash(seed, "draw", epoch, sample_id))
 
 
 def training_sample(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig
 from pipeline.data import cropping, precompute, text_embeddings
-from pipeline.store import bf16_columns, schema, storage
+from pipeline.store import bf16_columns, hashing, schema, storage
 from pipeline.training.samples import latent_reader
 from pipeline.weights import weights_folder
 
@@ -112,7 +112,7 @@ class OnlineReader:
     def _made(self, sample_id: str, epoch: int) -> tuple[Tensor, Tensor]:
         planned = self.planned[sample_id]
         if epoch:
-            seed = schema.stable_hash(self._seed, "online", epoch, sample_id)
+            seed = hashing.stable_hash(self._seed, "online", epoch, sample_id)
             size = cropping.Bucket(planned["num_frames"], planned["height"], planned["width"])
             planned = {**planned, "seed": seed, "crop": cropping.random_crop(planned["clip"], size, seed)}
         pixels = precompute.prepare_sample(planned, self._config)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from model import flops
-from pipeline.store import schema
+from pipeline.store import hashing, schema
 from pipeline.training.samples import pack_balance
 
 _WINDOW_TOKENS = 2**21  # of 256 bytes each
@@ -73,7 +73,7 @@ class SampleStream:
     def order(self, epoch: int) -> np.ndarray:
         """(samples,) row numbers of one epoch."""
         if epoch not in self._orders:
-            draw = np.random.default_rng(schema.stable_hash(self.seed, "epoch", epoch))
+            draw = np.random.default_rng(hashing.stable_hash(self.seed, "epoch", epoch))
             turns = draw.permutation(self.row_groups[-1] + 1)  # of each row group
             sizes = np.zeros(len(turns), np.int64)
             np.add.at(sizes, turns[self.row_groups], self.tokens)

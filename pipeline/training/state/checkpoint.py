@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.store import schema, storage
+from pipeline.store import hashing, storage
 from pipeline.training.state.zero_fragments import (
     MOMENTS,
     MovingAverage,
@@ -98,7 +98,7 @@ class Checkpoints:
             complete = {
                 "step": step,
                 "world_size": dist.get_world_size(),
-                "contract": schema.CONTRACT_VERSION,
+                "contract": hashing.CONTRACT_VERSION,
                 "engines": {name: _described(engine) for name, engine in self.engines.items()},
                 "files": {file: facts for files in written for file, facts in files.items()},
             }
@@ -313,7 +313,7 @@ def _facts(url: str) -> dict[str, Any] | None:
         facts = storage.read_json(storage.join(url, COMPLETE))
     except (FileNotFoundError, ValueError):
         return None
-    return facts if isinstance(facts, dict) and facts.get("contract") == schema.CONTRACT_VERSION else None
+    return facts if isinstance(facts, dict) and facts.get("contract") == hashing.CONTRACT_VERSION else None
 
 
 def _wrong_files(url: str, facts: dict[str, Any]) -> list[str]:

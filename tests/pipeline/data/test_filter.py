@@ -11,7 +11,7 @@ from pipeline.data import filter_report
 from pipeline.data import selection as select
 from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.data.scorers import technical
-from pipeline.store import schema, storage
+from pipeline.store import hashing, schema, storage
 from pipeline.video import sandbox
 from tests.helpers.data_root import make_data_root
 
@@ -84,7 +84,7 @@ def data(tmp_path_factory, local_ray) -> str:
     broken = dict(clips[1], clip_id="broken", uri=f"file://{root}/gone.mp4")
     twin = dict(clips[0], clip_id="zz_twin", source_id="elsewhere")
     unread = schema.empty_row(schema.CLIPS_SCHEMA, clip_id="unread", source_id="x", uri="x", error="no video")
-    rows = [{**row, "phash": f"{schema.stable_hash(row['uri']):016x}"} for row in [*clips, broken, twin]]
+    rows = [{**row, "phash": f"{hashing.stable_hash(row['uri']):016x}"} for row in [*clips, broken, twin]]
     table = pa.Table.from_pylist([*rows, unread], schema=schema.CLIPS_SCHEMA)
     storage.write_table(file, [table], schema.CLIPS_SCHEMA)
     return url

@@ -13,7 +13,7 @@ from pipeline.data import filter as filter_stage
 from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.data.scorers import scorer_config
 from pipeline.data.scorers.scorer_config import ScorersConfig
-from pipeline.store import schema, storage
+from pipeline.store import hashing, schema, storage
 from tests.helpers.data_root import MEDIA, make_data_root
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
@@ -70,7 +70,7 @@ def file_times(data: str) -> dict[str, int]:
 def test_only_what_passes_is_scored_and_only_what_lacks_is_computed(tmp_path, local_ray, clips):
     names = ["cup.mp4", "city.mp4", "fig.jpg", "sintel.mp4"]
     data = make_data_root(tmp_path, names, [], frames=8)
-    ids = {name: schema.stable_id(name) for name in names}
+    ids = {name: hashing.stable_id(name) for name in names}
     exposures = {}
     filter_stage.run(FilterConfig(data=data, thresholds={}, niqe_frames=0))
     scored = storage.read_folder(storage.join(data, schema.SCORES))

@@ -20,7 +20,7 @@ from model.vae.autoencoder import CausalVideoAutoencoder
 from model.vae.discriminator import DiscriminatorConfig, VideoDiscriminator
 from pipeline.data.cropping import Bucket
 from pipeline.runtime.job_config import parse
-from pipeline.store import schema, storage
+from pipeline.store import hashing, storage
 from pipeline.training.objectives import vae_loss
 from pipeline.training.objectives.vae_loss import AdversarialConfig
 from pipeline.training.runs import train_vae, trainer
@@ -116,7 +116,7 @@ def plain_history(config: train_vae.TrainVaeConfig) -> list[dict[str, float]]:
     adversarial = config.adversarial
     assert adversarial is not None
     vae = train_vae.initial_autoencoder(config)
-    torch.manual_seed(schema.stable_hash(config.seed, "discriminator"))
+    torch.manual_seed(hashing.stable_hash(config.seed, "discriminator"))
     judge = VideoDiscriminator(adversarial.discriminator)
     lpips = vae_loss.load_perceptual(config.perceptual)
     adam = torch.optim.AdamW(vae.parameters(), betas=config.optimiser.betas, weight_decay=0.0)
@@ -148,7 +148,7 @@ def plain_reconstructions(
     crops: list[np.ndarray],
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """(video, reconstruction, mean, log-variance) of each crop of one rank."""
-    seed = schema.stable_hash(config.seed, "posterior", step, rank)
+    seed = hashing.stable_hash(config.seed, "posterior", step, rank)
     generator = torch.Generator().manual_seed(seed)
     results = []
     for crop in sorted(crops, key=len):  # noise is drawn for the shortest first

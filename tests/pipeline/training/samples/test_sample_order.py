@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.dit.swin_mmdit import SD3_MEDIUM
-from pipeline.store import schema
+from pipeline.store import hashing, schema
 from pipeline.training.samples import pack_balance, sample_order
 from pipeline.training.samples.sample_order import SampleStream, pack_step
 from tests.helpers.tiny_models import DIT
@@ -21,7 +21,7 @@ def index(count: int, sizes=SIZES, rows_per_file: int = 8) -> pa.Table:
         rows.append(
             schema.empty_row(
                 schema.INDEX_SCHEMA,
-                sample_id=schema.stable_id(i),
+                sample_id=hashing.stable_id(i),
                 bucket="x".join(map(str, sizes[i % len(sizes)])),
                 file=f"part-{i // rows_per_file}.parquet",
                 row_group=i % rows_per_file // 2,
