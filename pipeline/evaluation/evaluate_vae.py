@@ -31,10 +31,10 @@ from pipeline.metrics.psnr_ssim import full_reference_scores
 from pipeline.restoration.restorer import reconstruct
 from pipeline.runtime import stage
 from pipeline.store import storage
-from pipeline.training.objectives.vae_loss import check_perceptual, load_perceptual
 from pipeline.video import decoding
 from pipeline.video.sandbox import Sandbox
 from pipeline.weights import weights_folder
+from pipeline.weights.lpips_weights import check_perceptual, load_perceptual
 
 RESULTS = "vae_evaluation"
 METRICS = ("psnr_rgb", "ssim_rgb", "lpips")

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from model import checkpoints
-from pipeline.data.scorers import scorer_config
 from pipeline.store import storage
-from pipeline.training.objectives.vae_loss import VGG_FILE, check_perceptual, load_perceptual
+from pipeline.weights import weight_hashes
+from pipeline.weights.lpips_weights import HEADS_FILE, VGG_FILE, check_perceptual, load_perceptual
 
 DISTS_FILE = "weights.pt"
 BATCH_FRAMES = 8
@@ -87,12 +87,12 @@ class LearnedMetrics:
             if name == "clip_iqa":
                 found[name] = {
                     "weights": source,
-                    "sha256": scorer_config.clip_hash(source, "learned.clip_iqa"),
+                    "sha256": weight_hashes.clip_hash(source, "learned.clip_iqa"),
                 }
             elif source != "hub":
-                files = {"lpips": (VGG_FILE, "vgg.pth"), "dists": (VGG_FILE, DISTS_FILE)}.get(name, ("",))
+                files = {"lpips": (VGG_FILE, HEADS_FILE), "dists": (VGG_FILE, DISTS_FILE)}.get(name, ("",))
                 urls = [storage.join(source, file) if file else source for file in files]
-                found[name] = {"weights": source, "sha256": " ".join(map(scorer_config.file_hash, urls))}
+                found[name] = {"weights": source, "sha256": " ".join(map(weight_hashes.file_hash, urls))}
             else:
                 found[name] = {"weights": source, "sha256": "checked on download"}
         return found

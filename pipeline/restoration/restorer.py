@@ -27,7 +27,6 @@ from pipeline.restoration.chunking import (
     ChunkBlender,
     ChunkCutter,
     ChunkPlan,
-    frame_noise,
 )
 from pipeline.restoration.memory_plan import MemoryPlan, Models
 from pipeline.store.schema import TEMPORAL_FACTOR
@@ -40,6 +39,7 @@ from pipeline.weights.backbones import (
     Schedule,
     load_backbone,
 )
+from pipeline.weights.frame_noise import frame_noise
 
 STEPS_OF_WORK = ("read", "encode", "transformer", "decode", "pixels", "write")
 """pixels: sizes and colours; read and write: of files, where there are some."""

@@ -114,8 +114,9 @@ def weights_hash(url: str) -> str:
 @functools.lru_cache(maxsize=16)
 def _file_hash(url: str, version: str) -> str:
     """Gigabytes are read once per file and process; `version` changes when the file does."""
-    with storage.open_input(url) as file:
-        return _digest(file)
+    found = storage.sha256(url)
+    assert found is not None  # weights_hash has looked
+    return found
 
 
 def load_vae(url: str) -> CausalVideoAutoencoder:
@@ -174,16 +175,9 @@ def _write_tensors(url: str, tensors: Mapping[str, Tensor]) -> str:
         path = os.path.join(folder, "tensors.safetensors")
         checkpoints.write_tensors(path, tensors, {})
         with open(path, "rb") as file:
-            digest = _digest(file)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         storage.put_file(path, url)
     return digest
-
-
-def _digest(file: typing.IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 24):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _of_kind(url: str, *kinds: str) -> dict[str, Any]:
@@ -198,7 +192,7 @@ def _read_tensors(url: str, name: str, description: Mapping[str, Any]) -> dict[s
         if not os.path.exists(path):
             raise ValueError(f"{url}: {name} is missing; copy the whole weights folder")
         with open(path, "rb") as file:
-            found = _digest(file)
+            found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != description["sha256"].get(name):
             raise ValueError(f"{url}: {name} does not match the sha256 in {CONFIG_FILE}; copy it again")
         return load_file(path)

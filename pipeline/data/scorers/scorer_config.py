@@ -5,16 +5,13 @@ a scorer, changing its weights or loosening a threshold computes what is missing
 """
 
 import dataclasses
-import hashlib
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.store import hashing, schema, storage
+from pipeline.weights import weight_hashes
 
 # Raise a number when its score changes its meaning: the score is then computed anew.
 _DEFINITIONS = {"aesthetic": 1, "clip_iqa": 1, "fast_vqa": 1, "musiq": 1, "dover": 1}
-_CLIP_CONFIG = "open_clip_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,50 +80,10 @@ def fingerprints(config: ScorersConfig) -> dict[str, str]:
 def _weights_hash(name: str, config: ScorersConfig) -> str:
     source = getattr(config, name)
     if name in ("aesthetic", "clip_iqa"):
-        return clip_hash(source, f"scorers.{name}")
+        return weight_hashes.clip_hash(source, f"scorers.{name}")
     if not storage.exists(source):
         raise ValueError(f"scorers.{name}: there is no file {source}; docs/data.md says where to get it")
-    return file_hash(source)
-
-
-def file_hash(url: str) -> str:
-    """The sha256 of a file."""
-    with storage.open_input(url) as file:
-        return _sha256(file.read)
-
-
-def _sha256(read: Callable[[int], bytes]) -> str:
-    digest = hashlib.sha256()
-    while part := read(1 << 24):
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def clip_hash(source: str, key: str) -> str:
-    """Of a folder's files, or the commit of a model of the Hugging Face hub."""
-    folder = Path(source)
-    if folder.is_dir():
-        if not folder.is_absolute():
-            raise ValueError(f"{key}: {source} is relative; write an absolute folder, the same on every node")
-        if not (folder / _CLIP_CONFIG).is_file():
-            raise ValueError(f"{key}: {source} holds no {_CLIP_CONFIG}: no CLIP in open_clip's form")
-        hashes = []
-        for path in sorted(folder.iterdir()):
-            if path.is_file():
-                with path.open("rb") as file:
-                    hashes.append((path.name, _sha256(file.read)))
-        return hashing.fingerprint(files=hashes)
-    from huggingface_hub import hf_hub_download  # slow to import
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        downloaded = hf_hub_download(source, _CLIP_CONFIG)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{key}: {source} is neither a folder nor a model that the Hugging Face hub gives: {reason}"
-        ) from None
-    return f"{source}@{Path(downloaded).parent.name}"  # .../snapshots/<commit>/open_clip_config.json
+    return weight_hashes.file_hash(source)
 
 
 def columns_of(made_by: str) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ from pipeline.training.state.zero_fragments import MovingAverage
 from pipeline.video import decoding, pixel_range
 from pipeline.video.sandbox import MediaError, Sandbox
 from pipeline.weights import weights_folder
+from pipeline.weights.lpips_weights import check_perceptual, load_perceptual
 
 NAME, DISCRIMINATOR = "vae", "discriminator"
 EQUAL_PSNR_DB = 100.0
@@ -240,7 +241,7 @@ class Run:
         self.engines = {NAME: self.engine}
         if config.adversarial is not None:
             self.engines[DISCRIMINATOR] = self.make_discriminator(config.adversarial)
-        perceptual = vae_loss.load_perceptual(config.perceptual)
+        perceptual = load_perceptual(config.perceptual)
         self.objective = Objective(
             self.engine,
             None if perceptual is None else perceptual.to(self.device, self.dtype),
@@ -405,7 +406,7 @@ class Run:
 
 def check_start(config: TrainVaeConfig) -> None:
     """ValueError, before Ray starts, if files that the config names are missing or of another model."""
-    vae_loss.check_perceptual(config.perceptual)
+    check_perceptual(config.perceptual)
     for key in ("initial_weights", "initial_image_weights"):
         if getattr(config, key) is not None:
             storage.check_url(getattr(config, key), key)

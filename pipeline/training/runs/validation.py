@@ -17,12 +17,12 @@ from torch import Tensor
 from model import flow
 from pipeline.metrics.niqe import niqe
 from pipeline.metrics.psnr_ssim import full_reference_scores
-from pipeline.restoration.chunking import frame_noise
 from pipeline.store import hashing, schema, storage
 from pipeline.training.runs import trainer
 from pipeline.training.samples.latent_reader import Batch, Reader
 from pipeline.video import encoding, pixel_range
 from pipeline.weights import weights_folder
+from pipeline.weights.frame_noise import frame_noise
 
 FOLDER = "validation"
 _SLICE_FRAMES = 8

@@ -10,8 +10,8 @@ from pipeline.restoration.chunking import (
     ChunkBlender,
     ChunkCutter,
     ChunkPlan,
-    frame_noise,
 )
+from pipeline.weights.frame_noise import frame_noise
 
 
 def numbered(frames: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from model.dit.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT
 from pipeline.data import precompute, text_embeddings
 from pipeline.data.cropping import Bucket
 from pipeline.restoration import restore
-from pipeline.restoration.chunking import Chunk, frame_noise
+from pipeline.restoration.chunking import Chunk
 from pipeline.restoration.restore import RestoreConfig, Restorer, Sampling
 from pipeline.runtime.job_config import parse
 from pipeline.store import schema, storage
@@ -31,6 +31,7 @@ from pipeline.training.samples import latent_reader
 from pipeline.video import decoding, encoding
 from pipeline.weights import backbones, weights_folder
 from pipeline.weights.backbones import ModelConfig
+from pipeline.weights.frame_noise import frame_noise
 from tests.helpers import released_models
 from tests.helpers.data_root import make_data_root
 

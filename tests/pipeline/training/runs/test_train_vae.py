@@ -25,7 +25,7 @@ from pipeline.training.objectives import vae_loss
 from pipeline.training.objectives.vae_loss import AdversarialConfig
 from pipeline.training.runs import train_vae, trainer
 from pipeline.video import pixel_range
-from pipeline.weights import weights_folder
+from pipeline.weights import lpips_weights, weights_folder
 from tests.helpers.data_root import make_data_root
 from tests.helpers.processes import kill_tree
 from tests.helpers.tiny_models import VAE, save_vae
@@ -118,7 +118,7 @@ def plain_history(config: train_vae.TrainVaeConfig) -> list[dict[str, float]]:
     vae = train_vae.initial_autoencoder(config)
     torch.manual_seed(hashing.stable_hash(config.seed, "discriminator"))
     judge = VideoDiscriminator(adversarial.discriminator)
-    lpips = vae_loss.load_perceptual(config.perceptual)
+    lpips = lpips_weights.load_perceptual(config.perceptual)
     adam = torch.optim.AdamW(vae.parameters(), betas=config.optimiser.betas, weight_decay=0.0)
     judge_adam = torch.optim.AdamW(judge.parameters(), betas=adversarial.betas, weight_decay=0.0)
     rows = []
@@ -372,14 +372,14 @@ def test_lpips_of_the_hub_comes_from_its_cache_where_that_is_filled(tmp_path, mo
     save_lpips(tmp_path)
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True)
-    for own, (_, cached_name) in vae_loss._HUB.items():
+    for own, (_, cached_name) in lpips_weights._HUB.items():
         (cache / cached_name).write_bytes((tmp_path / own).read_bytes())
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    network, expected = (vae_loss.load_perceptual(name) for name in ("hub", f"file://{tmp_path}"))
+    network, expected = (lpips_weights.load_perceptual(name) for name in ("hub", f"file://{tmp_path}"))
     assert network is not None and expected is not None
     picture, truth = torch.rand(2, 1, 3, 16, 16)
     assert torch.equal(network(picture, truth), expected(picture, truth))
-    assert vae_loss.load_perceptual("none") is None
+    assert lpips_weights.load_perceptual("none") is None
 
 
 class OneProcess:
