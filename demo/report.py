@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from pipeline.evaluation import comparison_tables
+from pipeline.runtime import html_page
 
 FILES = "report_files"
 GIB = 2**30
@@ -46,14 +47,8 @@ class Pictures:
 
 SLIDER_VERSIONS = ("LQ", "restored", "truth")
 
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;color:#1c1c1c;background:#fff;margin:2rem auto;max-width:72rem;padding:0 1rem}
-h1,h2,h3{line-height:1.2}h2{margin-top:2.5rem;border-bottom:1px solid #ddd;padding-bottom:.3rem}
-table{border-collapse:collapse;margin:1rem 0;font-size:.92em}
-td,th{padding:.35em .8em;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
-td:first-child,th:first-child,td.text,th.text{text-align:left}
-.scroll{overflow-x:auto}.note{color:#555}.about{background:#f4f6f8;padding:1rem 1.2rem;border-left:4px solid #6a8caf}
-figure{margin:0}figcaption{font-size:.88em;color:#555;text-align:center}img{max-width:100%;height:auto}
+_STYLE = """
+.about{background:#f4f6f8;padding:1rem 1.2rem;border-left:4px solid #6a8caf}
 .plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(20rem,1fr));gap:1rem}
 .row{display:grid;grid-template-columns:repeat(4,1fr);gap:.5rem}.row img{width:100%}
 .slider{position:relative;max-width:40rem;margin:1rem 0 0;line-height:0;overflow:hidden}
@@ -83,21 +78,15 @@ def write_report(summary: dict[str, Any], pictures: Pictures, folder: Path) -> P
     parts = [
         "<h1>OpenSeedVR: one run of the whole system</h1>",
         about(summary),
-        section("Stages", stage_table(summary["stages"])),
-        section("Scores and thresholds", _scores(pictures.scores)),
-        section("Pairs: truth and degraded", _pairs(pictures.pairs)),
-        section("Training", _plots(pictures.losses) + training_tables(summary["training"])),
-        section("Restored clips", _comparisons(pictures.comparisons)),
-        section("Metrics", metric_table(summary["metrics"])),
-        section("Time and memory", totals(summary)),
+        html_page.section("Stages", stage_table(summary["stages"])),
+        html_page.section("Scores and thresholds", _scores(pictures.scores)),
+        html_page.section("Pairs: truth and degraded", _pairs(pictures.pairs)),
+        html_page.section("Training", _plots(pictures.losses) + training_tables(summary["training"])),
+        html_page.section("Restored clips", _comparisons(pictures.comparisons)),
+        html_page.section("Metrics", metric_table(summary["metrics"])),
+        html_page.section("Time and memory", totals(summary)),
     ]
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>OpenSeedVR: a run's report</title><style>{STYLE}</style></head>\n<body>"
-        + "\n".join(parts)
-        + f"<script>{_SCRIPT}</script></body></html>\n"
-    )
+    page = html_page.document("OpenSeedVR: a run's report", "\n".join(parts), _STYLE, _SCRIPT)
     target = folder / "report.html"
     target.write_text(page, encoding="utf-8")
     return target
@@ -120,26 +109,6 @@ def about(summary: dict[str, Any]) -> str:
     )
 
 
-def section(title: str, body: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
-
-
-def table(head: list[str], rows: list[list[str]], text_columns: frozenset[int] = frozenset({0})) -> str:
-    """A table of cells that are HTML already."""
-
-    def cell(tag: str, column: int, content: str) -> str:
-        kind = ' class="text"' if column in text_columns else ""
-        return f"<{tag}{kind}>{content}</{tag}>"
-
-    lines = ["<tr>" + "".join(cell("th", i, title) for i, title in enumerate(head)) + "</tr>"]
-    lines += ["<tr>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>" for row in rows]
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
-
-
-def number(value: Any, decimals: int = 1) -> str:
-    return f"{value:,.{decimals}f}" if isinstance(value, int | float) else "–"
-
-
 def stage_table(stages: list[dict[str, Any]]) -> str:
     head = ["stage", "rows in", "kept", "rejected", "errors", "seconds", "start-up s", "peak memory GiB"]
     rows = []
@@ -148,13 +117,13 @@ def stage_table(stages: list[dict[str, Any]]) -> str:
         rows.append(
             [
                 html.escape(str(row["stage"])),
-                number(row.get("rows_in"), 0),
-                number(row.get("rows_kept"), 0),
+                html_page.number(row.get("rows_in"), 0),
+                html_page.number(row.get("rows_kept"), 0),
                 "<br>".join(reasons) or "–",
-                number(row.get("errors"), 0),
-                number(row.get("seconds")),
-                number(row.get("startup_s")),
-                number((row.get("peak_memory_bytes") or 0) / GIB, 2),
+                html_page.number(row.get("errors"), 0),
+                html_page.number(row.get("seconds")),
+                html_page.number(row.get("startup_s")),
+                html_page.number((row.get("peak_memory_bytes") or 0) / GIB, 2),
             ]
         )
     note = (
@@ -162,7 +131,7 @@ def stage_table(stages: list[dict[str, Any]]) -> str:
         "time of the submission that is not the stage's own: starting the job's processes and imports. "
         "An error row is a file that could not be read; it never ends a stage.</p>"
     )
-    return table(head, rows, frozenset({0, 3})) + note
+    return html_page.table(head, rows, frozenset({0, 3})) + note
 
 
 def training_tables(training: dict[str, Any]) -> str:
@@ -178,17 +147,17 @@ def training_tables(training: dict[str, Any]) -> str:
                 [
                     "autoencoder" if model == "vae" else "transformer",
                     html.escape(str(entry.get("stage"))),
-                    number(before, 4),
-                    number(after, 4),
+                    html_page.number(before, 4),
+                    html_page.number(after, 4),
                     change,
-                    number(entry.get("triples", entry.get("crops")), 0),
+                    html_page.number(entry.get("triples", entry.get("crops")), 0),
                     f"<code>{html.escape(str(entry.get('set_hash', '–')))}</code>",
                 ]
             )
     if not rows:
         return "<p>No training left a history.</p>"
     steps = ", ".join(
-        f"{name}: {number((training.get(key) or {}).get('steps', 0), 0)} steps"
+        f"{name}: {html_page.number((training.get(key) or {}).get('steps', 0), 0)} steps"
         for key, name in (("vae", "autoencoder"), ("dit", "transformer"))
     )
     head = ["model", "stage", "before", "after", "change", "held-out samples", "of the set"]
@@ -197,7 +166,11 @@ def training_tables(training: dict[str, Any]) -> str:
         "names it); measured with the moving average of the weights. Lower is better. Losses of the two "
         f"models cannot be compared. {steps}.</p>"
     )
-    return table(head, rows, frozenset({0, 1, 6})) + note + training_efficiency(training.get("dit") or {})
+    return (
+        html_page.table(head, rows, frozenset({0, 1, 6}))
+        + note
+        + training_efficiency(training.get("dit") or {})
+    )
 
 
 def training_efficiency(means: dict[str, Any]) -> str:
@@ -220,8 +193,8 @@ def metric_table(metrics: list[dict[str, Any]]) -> str:
     rows = [
         [
             html.escape(str(row["method"])),
-            number(row.get("clips"), 0),
-            number(row.get("errors"), 0),
+            html_page.number(row.get("clips"), 0),
+            html_page.number(row.get("errors"), 0),
             *[comparison_tables.mean_text(row.get(name) or none, name) for name in names],
         ]
         for row in metrics
@@ -232,21 +205,21 @@ def metric_table(metrics: list[dict[str, Any]]) -> str:
         f"itself, {CEILING} the ceiling. How the numbers were made stands in evaluation/evaluation.html."
         "</p>"
     )
-    return table(head, rows) + note
+    return html_page.table(head, rows) + note
 
 
 def totals(summary: dict[str, Any]) -> str:
     total, machine = summary["total"], summary["machine"]
     rows = [
-        ["whole run", f"{number(total['seconds'] / 60)} minutes"],
+        ["whole run", f"{html_page.number(total['seconds'] / 60)} minutes"],
         [
             "of this in stages",
-            f"{number(sum(row.get('seconds') or 0 for row in summary['stages']) / 60)} minutes",
+            f"{html_page.number(sum(row.get('seconds') or 0 for row in summary['stages']) / 60)} minutes",
         ],
-        ["peak memory, all processes", f"{number(total['peak_memory_bytes'] / GIB, 2)} GiB"],
+        ["peak memory, all processes", f"{html_page.number(total['peak_memory_bytes'] / GIB, 2)} GiB"],
         ["machine", f"{machine['cpus']} CPU cores, {html.escape(str(machine['platform']))}"],
     ]
-    return table(["what", "how much"], rows) + (
+    return html_page.table(["what", "how much"], rows) + (
         "<p class='note'>Memory is the sum of proportional set sizes (shared pages divided among those that "
         "map them), sampled every two seconds.</p>"
     )

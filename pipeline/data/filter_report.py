@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from demo import report
 from pipeline.data.selection import Threshold
+from pipeline.runtime import html_page
 
 _SAMPLE = 20_000  # values kept of one score
 _BINS, _WIDTH_PX, _HEIGHT_PX = 48, 480, 120
@@ -50,18 +50,15 @@ class Spread:
 def page(spreads: Mapping[str, Spread], rejected: Mapping[str, int], clips: int, kept: int) -> str:
     """The page as HTML. rejected: clips by reason, the first that applies."""
     shown = {name: spread for name, spread in spreads.items() if spread.clips}
-    reasons = [[html.escape(why), report.number(count, 0)] for why, count in rejected.items()]
+    reasons = [[html.escape(why), html_page.number(count, 0)] for why, count in rejected.items()]
     body = [
         "<h1>Scores and thresholds</h1>",
         f"<p>{clips:,} clips, {kept:,} kept. Red lines are thresholds; a clip beyond one is rejected.</p>",
-        report.section("Why clips are rejected", report.table(["first reason", "clips"], reasons)),
-        report.section("What each threshold cuts, were it the only one", _cuts(shown)),
-        *[report.section(name, _one(spread)) for name, spread in shown.items()],
+        html_page.section("Why clips are rejected", html_page.table(["first reason", "clips"], reasons)),
+        html_page.section("What each threshold cuts, were it the only one", _cuts(shown)),
+        *[html_page.section(name, _one(spread)) for name, spread in shown.items()],
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Scores and thresholds</title>'
-        f"<style>{report.STYLE}</style></head>\n<body>{''.join(body)}</body></html>\n"
-    )
+    return html_page.document("Scores and thresholds", "".join(body))
 
 
 def _cuts(spreads: Mapping[str, Spread]) -> str:
@@ -71,14 +68,14 @@ def _cuts(spreads: Mapping[str, Spread]) -> str:
             "–" if limit is None else f"{limit:g} cuts {count:,} ({count / spread.clips:.1%})"
             for limit, count in ((spread.threshold.min, spread.below), (spread.threshold.max, spread.above))
         ]
-        rows.append([html.escape(name), report.number(spread.clips, 0), *limits])
-    return report.table(["score", "clips", "min", "max"], rows)
+        rows.append([html.escape(name), html_page.number(spread.clips, 0), *limits])
+    return html_page.table(["score", "clips", "min", "max"], rows)
 
 
 def _one(spread: Spread) -> str:
     values = np.quantile(spread.sample, _QUANTILES)
     head = [f"{quantile:.0%} below" for quantile in _QUANTILES]
-    return f"<p class='note'>{html.escape(spread.meaning)}</p>{_histogram(spread)}" + report.table(
+    return f"<p class='note'>{html.escape(spread.meaning)}</p>{_histogram(spread)}" + html_page.table(
         head, [[f"{value:.4g}" for value in values]], frozenset()
     )
 

@@ -4,6 +4,8 @@ import html
 import math
 from typing import Any
 
+from pipeline.runtime import html_page
+
 TITLES = {
     "psnr_rgb": "PSNR RGB ↑",
     "psnr_y": "PSNR Y ↑",
@@ -182,7 +184,7 @@ def markdown(result: dict[str, Any], metrics: tuple[str, ...], ceiling: str) -> 
     return "\n".join(lines) + "\n"
 
 
-def html_page(result: dict[str, Any], metrics: tuple[str, ...], ceiling: str) -> str:
+def evaluation_page(result: dict[str, Any], metrics: tuple[str, ...], ceiling: str) -> str:
     """The same as one static page without scripts."""
     head = "".join(f"<th>{html.escape(TITLES.get(metric, metric))}</th>" for metric in metrics)
     clips = []
@@ -194,13 +196,10 @@ def html_page(result: dict[str, Any], metrics: tuple[str, ...], ceiling: str) ->
     how = "".join(
         f"<li>{html.escape(key)}: {html.escape(str(value))}</li>" for key, value in result["protocol"].items()
     )
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>'
-        "body{font:15px sans-serif;margin:2em;max-width:70em}table{border-collapse:collapse;margin:1em 0}"
-        "td,th{padding:.3em .7em;border-bottom:1px solid #ccc;text-align:right}"
-        "td:first-child,th:first-child{text-align:left}</style><h1>Evaluation</h1>"
-        f"{html_means(result['means'], metrics, ceiling)}"
+    body = (
+        f"<h1>Evaluation</h1>{html_means(result['means'], metrics, ceiling)}"
         "<p>Mean over clips ± standard error; best bold, second underlined.</p>"
         f"<h2>How it was measured</h2><ul>{how}</ul><h2>Clips</h2>"
-        f"<table><tr><th>method</th><th>clip</th><th>frames</th>{head}<th></th></tr>{''.join(clips)}</table></html>\n"
+        f"<table><tr><th>method</th><th>clip</th><th>frames</th>{head}<th></th></tr>{''.join(clips)}</table>"
     )
+    return html_page.document("Evaluation", body)

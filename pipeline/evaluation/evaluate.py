@@ -355,7 +355,7 @@ def tables(config: EvaluateConfig, result: dict[str, Any]) -> dict[str, str]:
     """File ending: text. Of a known benchmark the LaTeX and the Markdown show the published rows too."""
     texts = {
         "md": comparison_tables.markdown(result, config.metrics, CEILING),
-        "html": comparison_tables.html_page(result, config.metrics, CEILING),
+        "html": comparison_tables.evaluation_page(result, config.metrics, CEILING),
         "tex": comparison_tables.latex_means(result["means"], config.metrics, CEILING),
     }
     if config.benchmark is not None:

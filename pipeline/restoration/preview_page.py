@@ -4,13 +4,14 @@ import html
 import os
 from typing import Any
 
+from pipeline.runtime import html_page
 from pipeline.store import hashing, storage
 
 FOLDER = "_preview"
 PAGE = "preview.html"
 
 _STYLE = """
-body{font:15px sans-serif;margin:2em auto;max-width:980px}
+body{max-width:980px}
 figure{margin:0 0 2.5em}
 .pair{position:relative;line-height:0}
 .pair img{width:100%;display:block}
@@ -28,12 +29,11 @@ def write(output_url: str, rows: list[dict[str, Any]]) -> None:
         there = storage.exists(storage.join(output_url, FOLDER, f"{name}_restored.jpg"))
         if row["error"] is None and row.get("preview") and there:
             figures.append(_figure(row, f"{FOLDER}/{name}"))
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        f"<title>Before and after</title><style>{_STYLE}</style><h1>Before and after</h1>"
-        "<p>Left of the line the input, right of it the restored frame.</p>"
-        f"{''.join(figures)}</html>\n"
+    body = (
+        "<h1>Before and after</h1><p>Left of the line the input, right of it the restored frame.</p>"
+        + "".join(figures)
     )
+    page = html_page.document("Before and after", body, _STYLE)
     storage.write_bytes(storage.join(output_url, PAGE), page.encode())
 
 

@@ -13,6 +13,7 @@ import torch.multiprocessing as processes
 from torch import nn
 
 from pipeline.training.runs import trainer
+from pipeline.training.state import ranks
 from pipeline.training.state.checkpoint import Checkpoints
 from pipeline.training.state.control import FaultConfig, StepGuard
 from pipeline.training.state.zero_fragments import MovingAverage
@@ -74,7 +75,7 @@ class Run:
             self.engine.step()
         if self.guard.took_step():
             self.average.update(self.state["step"])
-        self.state["losses"].append(float(trainer.all_reduced(loss)))
+        self.state["losses"].append(float(ranks.all_reduced(loss)))
         self.state["step"] += 1
 
     def train(self, steps: int, every: int = 3) -> "Run":

@@ -1,3 +1,3 @@
 """What is minimised: the autoencoder's losses, the pixel loss of the one-step transformer.
 
-May import training.samples."""
+May import training.samples and training.state."""

@@ -17,7 +17,7 @@ from model import losses
 from model.perceptual.lpips import Lpips, video_lpips
 from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
 from model.vae.discriminator import DiscriminatorConfig
-from pipeline.training.runs import trainer
+from pipeline.training.state import ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Objective:
             terms["generator"] = self._generator_loss(groups, outputs)
             layer = self.autoencoder.module.vae.decoder.last_layer
             norms = losses.gradient_norms(reconstruction, terms["generator"], layer)
-            norms = trainer.all_reduced(norms) / trainer.world_size()
+            norms = ranks.all_reduced(norms) / ranks.world_size()
             terms["adaptive_weight"] = self.adversarial.weight * losses.adaptive_weight(norms)
             loss = loss + terms["adaptive_weight"] * terms["generator"]
         return self._finish(self.autoencoder, number, loss, terms)
@@ -196,7 +196,7 @@ class Objective:
         """One backward and one optimiser step; the terms over all ranks. All ranks see the same numbers,
         so all of them stop if one is not finite."""
         own = torch.stack([term.detach().float() for term in terms.values()])
-        means = trainer.all_reduced(own) / trainer.world_size()
+        means = ranks.all_reduced(own) / ranks.world_size()
         found = dict(zip(terms, means.tolist(), strict=True))
         if all(map(math.isfinite, found.values())):
             engine.backward(loss)

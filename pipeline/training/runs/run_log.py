@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.runtime import prometheus
 from pipeline.store import hashing, storage
-from pipeline.training.runs import trainer
+from pipeline.training.state import ranks
 
 TIME_BINS = 5
 """Bins of equal width of the times 0..1000, in which losses are told apart."""
@@ -55,7 +55,7 @@ class Breakdown:
         """
         names = [f"loss_by_time/{round(1000 * (i + 1) / TIME_BINS)}" for i in range(TIME_BINS)]
         names += [f"loss_by_bucket/{bucket}" for bucket in self._buckets]
-        sums, counts = trainer.all_reduced(self._sums).tolist()
+        sums, counts = ranks.all_reduced(self._sums).tolist()
         return {name: total / n for name, total, n in zip(names, sums, counts, strict=True) if n}
 
 
@@ -82,7 +82,7 @@ class Log:
         self.total_steps, self.history, self._name = total_steps, history, name
         self._url = storage.join(output_url, "tensorboard", name)
         self._local = storage.path_of(self._url) if self._url.startswith("file://") else tempfile.mkdtemp()
-        writes = self._writes = trainer.rank() == 0
+        writes = self._writes = ranks.rank() == 0
         self._writer: SummaryWriter | None = None
         self._open()
         self._samples = sum(int(step["samples"]) for step in history)

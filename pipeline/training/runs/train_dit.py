@@ -26,7 +26,8 @@ from pipeline.training.runs import run_log, trainer
 from pipeline.training.runs.validation import Validation, ValidationConfig
 from pipeline.training.samples import latent_reader, online_latents, sample_order
 from pipeline.training.samples.online_latents import OnlineConfig, OnlineReader
-from pipeline.training.state.checkpoint import Checkpoints, from_rank_0
+from pipeline.training.state import ranks
+from pipeline.training.state.checkpoint import Checkpoints
 from pipeline.training.state.control import (
     FaultConfig,
     Orders,
@@ -236,10 +237,10 @@ def held_out_loss(
     """Mean over the triples of the moving average's loss; ranks share the packs."""
     dtype = next(iter(average.values())).dtype
     total = torch.zeros(1, device=device)
-    for pack in held_out.packs[trainer.rank() :: trainer.world_size()]:
+    for pack in held_out.packs[ranks.rank() :: ranks.world_size()]:
         batch = pack.to(device, dtype)
         total += batch.sample_losses(forward(model, batch, average)).sum()
-    return float(trainer.all_reduced(total)) / held_out.triples
+    return float(ranks.all_reduced(total)) / held_out.triples
 
 
 def network(config: TrainDitConfig) -> weights_folder.Transformer:
@@ -252,7 +253,7 @@ def network(config: TrainDitConfig) -> weights_folder.Transformer:
         local = storage.local_copy if weights_folder.is_released_file(config.sd3) else storage.local_folder
         with tempfile.TemporaryDirectory() as folder, local(config.sd3, folder) as path:
             report = checkpoints.load_sd3_transformer(model, path)
-        if trainer.rank() == 0:
+        if ranks.rank() == 0:
             print(report, flush=True)
     return model
 
@@ -278,7 +279,7 @@ class Run:
         if config.compile_mlps:
             assert isinstance(model, SwinMMDiT)  # check_data has checked
             model.compile_mlps()
-        accumulation = config.packs_per_step // trainer.world_size()
+        accumulation = config.packs_per_step // ranks.world_size()
         self.hollow = hollow(model)
         self.engine = trainer.make_engine(model.to(self.device), config.scale, config.optimiser, accumulation)
         self.average = MovingAverage(self.engine, config.optimiser.ema_decay)
@@ -347,8 +348,8 @@ class Run:
                 self.state["position"],
                 self.config.packs_per_step,
                 config.tokens_per_pack,
-                trainer.rank(),
-                trainer.world_size(),
+                ranks.rank(),
+                ranks.world_size(),
                 config.one_step_share,
             )
         )
@@ -376,10 +377,10 @@ class Run:
     def samples_of_stage(self) -> pa.Table:
         """The index as rank 0 found it when the stage began. Files that precompute adds later wait for the
         next stage: they would change the order of all samples, on a resume or between ranks."""
-        index = index_of(self.config) if trainer.rank() == 0 else None
+        index = index_of(self.config) if ranks.rank() == 0 else None
         if self.state["stage_step"] == 0:
             own = None if index is None else index["file"].unique().to_pylist()
-            self.state["files"] = from_rank_0(own)
+            self.state["files"] = ranks.from_rank_0(own)
         if index is None:  # read after rank 0's: it holds all that rank 0 found
             index = index_of(self.config)
         return sample_order.of_files(index, self.state["files"])
@@ -408,7 +409,7 @@ class Run:
             summed += torch.cat([losses.detach().sum()[None], counts.to(self.device)])
         if self.guard.took_step():
             self.average.update(self.state["step"])
-        loss, token_count, tera_operations = trainer.all_reduced(summed).tolist()
+        loss, token_count, tera_operations = ranks.all_reduced(summed).tolist()
         details = breakdown.means()
         seconds = time.monotonic() - start
         values = {
@@ -435,7 +436,7 @@ class Run:
         if one is None and self.device.type != "cpu":
             return None
         own = one or run_log.measured_peak() / 1e12
-        return float(trainer.all_reduced(torch.tensor([own], device=self.device)))
+        return float(ranks.all_reduced(torch.tensor([own], device=self.device)))
 
     def tera_operations(self, batch: latent_reader.Batch) -> float:
         """Counted 10^12 operations of a pack's forward and backward passes; nothing recomputed counts."""
@@ -470,7 +471,7 @@ class Run:
         self.log.close()
         self.orders.saved(over=True)
         average = self.average.collected()
-        if trainer.rank() == 0:
+        if ranks.rank() == 0:
             url = storage.join(self.config.output, trainer.WEIGHTS, NAME)
             about = {key: self.state[key] for key in ("step", "initial", "held_out")}
             model = self.engine.module

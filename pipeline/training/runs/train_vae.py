@@ -27,6 +27,7 @@ from pipeline.store import hashing, schema, source_cache, storage
 from pipeline.training.objectives import vae_loss
 from pipeline.training.objectives.vae_loss import AdversarialConfig, Group, Objective
 from pipeline.training.runs import run_log, trainer
+from pipeline.training.state import ranks
 from pipeline.training.state.checkpoint import Checkpoints
 from pipeline.training.state.control import Orders, StoppedError, outcome
 from pipeline.training.state.zero_fragments import MovingAverage
@@ -200,7 +201,7 @@ def crop_batches(reader: CropReader, config: VaeStageConfig, first_step: int, st
         batch: list[np.ndarray] = []
         reads = -(-config.crops_per_worker // reader.config.crops_per_read)
         for number in range(reads):
-            slot = number * trainer.world_size() + trainer.rank()
+            slot = number * ranks.world_size() + ranks.rank()
             batch += reader.crops("crop", stage_index, step, slot)
         yield batch[: config.crops_per_worker]
 
@@ -306,7 +307,7 @@ class Run:
         rate = self.set_learning_rates(config)
         crops = next(steps)
         waited_s = time.monotonic() - start
-        seed = hashing.stable_hash(self.config.seed, "posterior", step, trainer.rank())
+        seed = hashing.stable_hash(self.config.seed, "posterior", step, ranks.rank())
         generator = torch.Generator().manual_seed(seed)
         groups = [
             Group(
@@ -328,10 +329,10 @@ class Run:
                 **terms,
                 "latent_std": latent_variance**0.5,
                 "seconds": seconds,
-                "crops_per_second": len(crops) * trainer.world_size() / seconds,
+                "crops_per_second": len(crops) * ranks.world_size() / seconds,
                 "learning_rate": rate,
                 "wait_share": waited_s / seconds,
-                "samples": len(crops) * trainer.world_size(),
+                "samples": len(crops) * ranks.world_size(),
             },
         )
         self.state["step"] += 1
@@ -366,15 +367,15 @@ class Run:
         `psnr_<when>` (dB of 8-bit frames), means over the crops."""
         average = self.average.gathered(self.dtype)
         total = torch.zeros(2, device=self.device)
-        for crop in crops[trainer.rank() :: trainer.world_size()]:
+        for crop in crops[ranks.rank() :: ranks.world_size()]:
             video = pixel_range.to_network(crop, self.device)
             noise = torch.zeros_like(vae_loss.latent_noise(self.config.model, video, torch.Generator()))
             inputs = video.to(self.dtype), noise.to(self.dtype)
             found = functional_call(self.engine.module, average, inputs)["video"].float()
             decibels = min(psnr(pixel_range.to_pixels(found), crop), EQUAL_PSNR_DB)
             total += torch.tensor([(found - video).abs().mean(), decibels], device=self.device)
-        l1, decibels = (trainer.all_reduced(total) / len(crops)).tolist()
-        if trainer.rank() == 0:
+        l1, decibels = (ranks.all_reduced(total) / len(crops)).tolist()
+        if ranks.rank() == 0:
             print(f"held out, {when} this stage: l1 {l1:.4f}, PSNR {decibels:.2f} dB", flush=True)
         return {when: l1, f"psnr_{when}": decibels}
 
@@ -394,7 +395,7 @@ class Run:
         """Rank 0 writes the moving average and the history to weights/vae."""
         self.orders.saved(over=True)
         average = self.average.collected()
-        if trainer.rank() == 0:
+        if ranks.rank() == 0:
             url = storage.join(self.config.output, trainer.WEIGHTS, NAME)
             plain = {name.removeprefix("vae."): tensor for name, tensor in average.items()}
             about = {"steps": self.state["step"], "held_out": self.state["held_out"]}

@@ -16,13 +16,12 @@ from typing import Any, Literal, TypeVar
 import ray
 import ray.train
 import torch
-import torch.distributed as dist
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.runtime import stage
 from pipeline.store import storage
@@ -209,21 +208,6 @@ def scheduled(rate: float, step: int, steps: int, optimiser: OptimiserConfig) ->
         return warm
     done = (step - optimiser.warmup_steps) / max(1, steps - optimiser.warmup_steps)
     return warm * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def rank() -> int:
-    return dist.get_rank()
-
-
-def world_size() -> int:
-    return dist.get_world_size()
-
-
-def all_reduced(value: Tensor) -> Tensor:
-    """The sum over ranks of a small tensor."""
-    total = value.detach().clone()
-    dist.all_reduce(total)
-    return total
 
 
 def prefetched(items: Iterable[T], ahead: int = 2) -> Iterator[T]:

@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from model import flow
 from pipeline.metrics.niqe import niqe
 from pipeline.metrics.psnr_ssim import full_reference_scores
 from pipeline.store import hashing, schema, storage
-from pipeline.training.runs import trainer
 from pipeline.training.samples.latent_reader import Batch, Reader
+from pipeline.training.state import ranks
 from pipeline.video import encoding, pixel_range
 from pipeline.weights import weights_folder
 from pipeline.weights.frame_noise import frame_noise
@@ -80,7 +79,7 @@ class Validation:
         `output_url`. velocity: the moving average's, of a batch. Ranks share the clips; all must call it."""
         self.vae.to(self.device)
         own: list[tuple[str, dict[str, float], np.ndarray]] = []
-        for row in self.rows[trainer.rank() :: trainer.world_size()]:
+        for row in self.rows[ranks.rank() :: ranks.world_size()]:
             hq, lq = self.reader.latents(row, -1)
             versions = [self._pixels(latent) for latent in (lq, self._restored(velocity, row, lq), hq)]
             picture = np.concatenate([frames[len(frames) // 2] for frames in versions], axis=1)
@@ -88,9 +87,7 @@ class Validation:
             storage.write_bytes(url, encoding.png(picture))
             own.append((row["sample_id"], scores(*versions), picture))
         self.vae.to("cpu")
-        gathered: list[Any] = [None] * trainer.world_size()
-        dist.all_gather_object(gathered, own)
-        everything = [entry for part in gathered for entry in part]
+        everything = [entry for part in ranks.from_all(own) for entry in part]
         found = [values for _, values, _ in everything]
         keys = dict.fromkeys(key for values in found for key in values)
         means = {key: float(np.mean([v[key] for v in found if key in v])) for key in keys}

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.store import hashing, storage
+from pipeline.training.state.ranks import from_all, from_rank_0
 from pipeline.training.state.zero_fragments import (
     MOMENTS,
     MovingAverage,
@@ -322,7 +323,7 @@ def _wrong_files(url: str, facts: dict[str, Any]) -> list[str]:
     wrong = [
         file for file in own if storage.sha256(storage.join(url, file)) != facts["files"][file]["sha256"]
     ]
-    return [file for files in _from_all(wrong) for file in files]
+    return [file for files in from_all(wrong) for file in files]
 
 
 def _places(url: str, facts: dict[str, Any]) -> dict[str, list[tuple[str, Piece]]]:
@@ -377,28 +378,11 @@ def _read_run(run: list[Request]) -> None:
             request.target.copy_(own.view(request.target.dtype))
 
 
-# -- agreeing -------------------------------------------------------------------------------------------
-
-
-def _from_all(value: Any) -> list[Any]:
-    """Every rank's value, on every rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def from_rank_0(value: Any) -> Any:
-    """Rank 0's value, on every rank; every rank must call it."""
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
 def _agreed(action: Any) -> tuple[list[Any], list[str]]:
     """Every rank's result of an action that writes, and what went wrong on any of them."""
     try:
         own, error = action(), None
     except (OSError, storage.StorageError) as failure:
         own, error = None, f"rank {dist.get_rank()}: {failure}"
-    found = _from_all((own, error))
+    found = from_all((own, error))
     return [result for result, _ in found], [error for _, error in found if error]
