@@ -28,6 +28,7 @@ $(STAMP): pyproject.toml constraints.txt | check-machine
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
