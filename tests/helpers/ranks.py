@@ -13,10 +13,10 @@ import torch.multiprocessing as processes
 from torch import nn
 
 from pipeline.training.runs import trainer
-from pipeline.training.state import ranks
+from pipeline.training.state import deepspeed_adapter, ranks
 from pipeline.training.state.checkpoint import Checkpoints
-from pipeline.training.state.control import FaultConfig, StepGuard
-from pipeline.training.state.zero_fragments import MovingAverage
+from pipeline.training.state.ema import MovingAverage
+from pipeline.training.state.step_guard import FaultConfig, StepGuard
 
 OPTIMISER = trainer.OptimiserConfig(weight_decay=0.1, ema_decay=0.9)
 SAMPLES = 8
@@ -40,10 +40,7 @@ def process_group(store: str, rank: int = 0, world: int = 1) -> Iterator[None]:
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    deepspeed_adapter.join_ranks("gloo")
     try:
         yield
     finally:
@@ -73,7 +70,7 @@ class Run:
             loss += part.detach() / 2
             self.engine.backward(part * factor)
             self.engine.step()
-        if self.guard.took_step():
+        if self.guard.took_step(self.state["step"]):
             self.average.update(self.state["step"])
         self.state["losses"].append(float(ranks.all_reduced(loss)))
         self.state["step"] += 1

@@ -1,36 +1,18 @@
-"""What a person sees of a training: one printed line a step, TensorBoard, Prometheus; W&B by config.
+"""The record of a training: its history, which checkpoints carry and the report draws from, and its losses by
+time and bucket. Where the numbers are shown is in loggers.py."""
 
-Rank 0 writes; all ranks keep the history, which checkpoints carry and the report draws from.
-"""
-
-import contextlib
-import importlib
-import importlib.util
-import tempfile
-import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from pipeline.runtime import prometheus
-from pipeline.store import hashing, storage
+from pipeline.training.runs.loggers import LoggedRun, loggers
 from pipeline.training.state import ranks
 
 TIME_BINS = 5
 """Bins of equal width of the times 0..1000, in which losses are told apart."""
-_SHORT_NAMES = {
-    "tokens_per_second": "tokens/s",
-    "crops_per_second": "crops/s",
-    "learning_rate": "lr",
-    "gradient_norm": "grad",
-    "wait_share": "wait",
-    "seconds": "s",
-}
 
 
 class Breakdown:
@@ -59,14 +41,8 @@ class Breakdown:
         return {name: total / n for name, total, n in zip(names, sums, counts, strict=True) if n}
 
 
-def check_wandb(project: str | None) -> None:
-    """ValueError if Weights & Biases is asked for and its package is missing."""
-    if project is not None and importlib.util.find_spec("wandb") is None:
-        raise ValueError("wandb: the package is not installed here; pip install wandb, or leave wandb out")
-
-
 class Log:
-    """One printed line a step, TensorBoard events, metrics for Prometheus, Weights & Biases."""
+    """The history of a run's steps, on all ranks; rank 0 tells the loggers too."""
 
     def __init__(
         self,
@@ -79,98 +55,31 @@ class Log:
     ) -> None:
         """history: of the steps so far, which `step` goes on with. wandb: a project of Weights & Biases.
         settings: the run's config, shown there."""
-        self.total_steps, self.history, self._name = total_steps, history, name
-        self._url = storage.join(output_url, "tensorboard", name)
-        self._local = storage.path_of(self._url) if self._url.startswith("file://") else tempfile.mkdtemp()
-        writes = self._writes = ranks.rank() == 0
-        self._writer: SummaryWriter | None = None
-        self._open()
+        self.history = history
+        run = LoggedRun(output_url, name, total_steps, len(history), wandb, settings or {})
+        self._loggers = loggers(run) if ranks.rank() == 0 else []
         self._samples = sum(int(step["samples"]) for step in history)
-        self._started, self._first = time.monotonic(), len(history)
-        self._wandb: Any = None
-        if wandb is not None and writes:
-            self._wandb = importlib.import_module("wandb")
-            run = hashing.stable_id(output_url, name)  # a resumed run goes on in its own charts
-            self._wandb.init(project=wandb, name=name, id=run, resume="allow", config=dict(settings or {}))
 
     def step(
         self, step: int, stage: str, values: Mapping[str, float], details: Mapping[str, float] | None = None
     ) -> None:
-        """Record a step's numbers, its `seconds` and `samples` among them. Details are not printed."""
+        """Record a step's numbers, its `seconds` and `samples` among them. Details are not in the history."""
         self.history.append({"step": step, "stage": stage, **values})
         self._samples += int(values["samples"])
-        if not self._writes:
-            return
-        everything = {**values, **(details or {}), "samples_seen": self._samples}
-        self._write(everything, step)
-        prometheus.show_training(self._name, step, int(values["samples"]), values)
-        done = len(self.history) - self._first
-        eta_s = (time.monotonic() - self._started) / done * (self.total_steps - step - 1)
-        shown = " ".join(f"{_SHORT_NAMES.get(key, key)} {value:.4g}" for key, value in values.items())
-        print(f"step {step + 1}/{self.total_steps} stage {stage} {shown} eta {eta_s:.0f} s", flush=True)
+        for logger in self._loggers:
+            logger.step(step, stage, values, {**(details or {}), "samples_seen": self._samples})
 
     def validation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray]) -> None:
         """Numbers and uint8 (H, W, 3) pictures of restored clips after `step` steps."""
-        if not self._writes:
-            return
-        self._write({f"validation/{key}": value for key, value in values.items()}, step - 1)
-        with self._tolerated():
-            for key, picture in pictures.items():
-                if self._writer is not None:
-                    self._writer.add_image(f"validation/{key}", picture, step - 1, dataformats="HWC")
-        if self._wandb is not None:
-            images = {f"validation/{key}": self._wandb.Image(picture) for key, picture in pictures.items()}
-            self._wandb.log(images, step=step - 1)
-        shown = " ".join(f"{key} {value:.4g}" for key, value in values.items())
-        print(f"validation after step {step}: {shown}", flush=True)
-
-    def _write(self, values: Mapping[str, float], step: int) -> None:
-        with self._tolerated():
-            for key, value in values.items():
-                if self._writer is not None:
-                    self._writer.add_scalar(key, value, step)
-        if self._wandb is not None:
-            self._wandb.log(dict(values), step=step)
+        for logger in self._loggers:
+            logger.validation(step, values, pictures)
 
     def flush(self) -> None:
-        """Bring the event files to where they belong; begin a new one if the last could not be written."""
-        if not self._writes:
-            return
-        with self._tolerated():
-            if self._writer is not None:
-                self._writer.flush()
-            if not self._url.startswith("file://"):
-                for file in Path(self._local).iterdir():
-                    storage.write_bytes(storage.join(self._url, file.name), file.read_bytes())
-        if self._writer is None:
-            self._open()
-
-    def _open(self) -> None:
-        if self._writes:
-            with self._tolerated():
-                self._writer = SummaryWriter(self._local, purge_step=len(self.history))
-
-    @contextlib.contextmanager
-    def _tolerated(self) -> Iterator[None]:
-        """Curves are for people to look at: where their disk is full, training goes on without them."""
-        try:
-            yield
-        except OSError as error:
-            self._writer = None  # its thread has ended
-            print(f"TensorBoard: no events in {self._url} until the next checkpoint: {error}", flush=True)
+        """At every checkpoint."""
+        for logger in self._loggers:
+            logger.flush()
 
     def close(self) -> None:
         self.flush()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-def measured_peak(size: int = 1024, repeats: int = 8) -> float:
-    """Operations per second of this rank's fp32 matrix products on the CPU, now: what a step could reach."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        for logger in self._loggers:
+            logger.close()

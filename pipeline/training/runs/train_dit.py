@@ -5,9 +5,10 @@ A run that is started again with the same output goes on from its newest checkpo
 """
 
 import dataclasses
-import json
+import functools
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -16,26 +17,20 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from model import checkpoints, flops
+from model import checkpoints
 from model.dit.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
 from pipeline.data import text_embeddings
 from pipeline.runtime import stage
-from pipeline.store import hashing, schema, storage
+from pipeline.store import schema, storage
 from pipeline.training.objectives.one_step_loss import OneStepConfig, PixelLoss
-from pipeline.training.runs import run_log, trainer
+from pipeline.training.runs import loggers, loop, run_log, trainer, utilisation
+from pipeline.training.runs.held_out import held_out_loss, held_out_set
 from pipeline.training.runs.validation import Validation, ValidationConfig
 from pipeline.training.samples import latent_reader, online_latents, sample_order
 from pipeline.training.samples.online_latents import OnlineConfig, OnlineReader
 from pipeline.training.state import ranks
-from pipeline.training.state.checkpoint import Checkpoints
-from pipeline.training.state.control import (
-    FaultConfig,
-    Orders,
-    StepGuard,
-    StoppedError,
-    outcome,
-)
-from pipeline.training.state.zero_fragments import MovingAverage
+from pipeline.training.state.ema import MovingAverage
+from pipeline.training.state.step_guard import FaultConfig
 from pipeline.weights import backbones, weights_folder
 
 NAME = "dit"
@@ -121,7 +116,7 @@ class TrainDitConfig:
                     f"packs_per_step: {self.packs_per_step} is no multiple of {workers}, which "
                     f"scale.num_workers ({self.scale.num_workers}) allows"
                 )
-        run_log.check_wandb(self.wandb)
+        loggers.check_wandb(self.wandb)
         if not self.stages:
             raise ValueError("stages: give at least one")
         if (self.model is None) == (self.initial is None):
@@ -180,67 +175,13 @@ def check_data(config: TrainDitConfig) -> None:
             weights_folder.weights_hash(stage_config.one_step.vae)  # says what is wrong with it
 
 
-@dataclasses.dataclass(frozen=True)
-class HeldOut:
-    """The fixed set on which a stage is measured before and after."""
-
-    packs: list[latent_reader.Batch]
-    triples: int
-    set_hash: str
-
-
-def held_out_set(
-    reader: latent_reader.Reader,
-    rows: pa.Table,
-    config: TrainDitConfig,
-    stage_config: StageConfig,
-) -> HeldOut:
-    """Triples (sample, time, noise): samples in turn, times at even quantiles of the training law."""
-    count = config.heldout_triples
-    quantiles = (torch.arange(count) + 0.5) / count
-    times = (1000 * torch.sigmoid(torch.special.ndtri(quantiles))).tolist()
-    ordered = rows.sort_by("sample_id").slice(0, count).to_pylist()
-    # Epoch -1-i: draws that no training step uses.
-    drawn = [sample_order.Drawn(ordered[i % len(ordered)], -1 - i) for i in range(count)]
-    packs: list[list[dict[str, Any]]] = [[]]
-    load = 0
-    for one, timestep in zip(drawn, times, strict=True):
-        if packs[-1] and load + one.tokens > stage_config.tokens_per_pack:
-            packs.append([])
-            load = 0
-        packs[-1].append(latent_reader.training_sample(reader, one, config.seed, False, timestep))
-        load += one.tokens
-    names = [(one.row["sample_id"], one.epoch, timestep) for one, timestep in zip(drawn, times, strict=True)]
-    set_hash = hashing.stable_id(json.dumps(names), config.seed)
-    return HeldOut([latent_reader.collate(pack) for pack in packs], count, set_hash)
-
-
 def forward(
     model: torch.nn.Module, batch: latent_reader.Batch, parameters: dict[str, Tensor] | None = None
 ) -> Tensor:
     """Velocity of a batch, with the given parameters in place of the model's own if there are any."""
-    arguments = (
-        batch.video,
-        batch.text,
-        batch.video_shapes,
-        batch.text_lengths,
-        batch.timestep,
-        batch.pooled,
-    )
+    lengths = batch.video_shapes, batch.text_lengths
+    arguments = (batch.video, batch.text, *lengths, batch.timestep, batch.pooled)
     return model(*arguments) if parameters is None else functional_call(model, parameters, arguments)
-
-
-@torch.no_grad()
-def held_out_loss(
-    model: torch.nn.Module, average: dict[str, Tensor], held_out: HeldOut, device: torch.device
-) -> float:
-    """Mean over the triples of the moving average's loss; ranks share the packs."""
-    dtype = next(iter(average.values())).dtype
-    total = torch.zeros(1, device=device)
-    for pack in held_out.packs[ranks.rank() :: ranks.world_size()]:
-        batch = pack.to(device, dtype)
-        total += batch.sample_losses(forward(model, batch, average)).sum()
-    return float(ranks.all_reduced(total)) / held_out.triples
 
 
 def network(config: TrainDitConfig) -> weights_folder.Transformer:
@@ -258,236 +199,187 @@ def network(config: TrainDitConfig) -> weights_folder.Transformer:
     return model
 
 
-def hollow(model: weights_folder.Transformer) -> torch.nn.Module:
+def meta_copy(model: weights_folder.Transformer) -> torch.nn.Module:
     """The network without values, for `forward` with given ones: ZeRO 3 takes the weights out of `model`."""
     kind: Any = type(model)
     with torch.device("meta"):
         return kind(model.config).requires_grad_(False)
 
 
-class Run:
-    """One rank's training: the engine, the moving average and the state that a checkpoint keeps."""
+@dataclasses.dataclass(frozen=True)
+class Worker:
+    """What a rank holds from the first stage to the last."""
 
-    def __init__(self, config: TrainDitConfig, desk: Any) -> None:
-        self.config = config
-        self.device = trainer.setup_worker(config.scale)
-        self.reader = self.make_reader()
-        torch.manual_seed(config.seed)  # equal weights on every rank
-        model = network(config).train().requires_grad_(True)
-        if config.checkpoint_activations:
-            model.checkpoint_activations(range(model.config.num_layers))
-        if config.compile_mlps:
-            assert isinstance(model, SwinMMDiT)  # check_data has checked
-            model.compile_mlps()
-        accumulation = config.packs_per_step // ranks.world_size()
-        self.hollow = hollow(model)
-        self.engine = trainer.make_engine(model.to(self.device), config.scale, config.optimiser, accumulation)
-        self.average = MovingAverage(self.engine, config.optimiser.ema_decay)
-        self.dtype = next(self.engine.module.parameters()).dtype
-        fresh: dict[str, Any] = {
-            "step": 0,
-            "stage": 0,
-            "stage_step": 0,
+    config: TrainDitConfig
+    device: torch.device
+    reader: latent_reader.Reader
+    engine: Any
+    average: MovingAverage
+    meta_model: torch.nn.Module
+    dtype: torch.dtype
+    """of the weights as they train"""
+    peak: float | None
+    """10^12 operations a second of all workers; None: unknown"""
+
+    def averaged(self) -> Callable[[latent_reader.Batch], Tensor]:
+        """The network with averaged weights, as they are now."""
+        weights = {**dict(self.engine.module.named_buffers()), **self.average.gathered(self.dtype)}
+        return lambda batch: forward(self.meta_model, batch, weights)
+
+
+def build(config: TrainDitConfig) -> loop.Training:
+    """One rank's part of the training."""
+    device = trainer.setup_worker(config.scale)
+    reader = make_reader(config, device)
+    torch.manual_seed(config.seed)  # equal weights on every rank
+    model = network(config).train().requires_grad_(True)
+    if config.checkpoint_activations:
+        model.checkpoint_activations(range(model.config.num_layers))
+    if config.compile_mlps:
+        assert isinstance(model, SwinMMDiT)  # check_data has checked
+        model.compile_mlps()
+    accumulation = config.packs_per_step // ranks.world_size()
+    meta_model = meta_copy(model)
+    engine = trainer.make_engine(model.to(device), config.scale, config.optimiser, accumulation)
+    average = MovingAverage(engine, config.optimiser.ema_decay)
+    dtype = next(engine.module.parameters()).dtype
+    peak = utilisation.peak_of_all_ranks(config.peak_tflops, device)
+    worker = Worker(config, device, reader, engine, average, meta_model, dtype, peak)
+    return loop.Training(
+        name=NAME,
+        device=device,
+        engines={NAME: engine},
+        averages={NAME: average},
+        fresh={
             "position": 0,
-            "history": [],
-            "held_out": [],
             "network": {
                 "kind": weights_folder.transformer_kind(model),
                 "config": dataclasses.asdict(model.config),
             },
             "initial": config.initial and dataclasses.asdict(config.initial),
-        }
-        engines, averages = {NAME: self.engine}, {NAME: self.average}
-        keep = config.keep_last, config.keep_every
-        self.checkpoints = Checkpoints(config.output, NAME, engines, averages, *keep)
-        self.state = self.checkpoints.resume(fresh)
-        self.guard = StepGuard(self.engine, config.faults, self.state)
-        self.orders = Orders(desk)
-        self.pixel_loss: PixelLoss | None = None
-        self.log = run_log.Log(
-            config.output,
-            NAME,
-            config.total_steps,
-            self.state["history"],
-            config.wandb,
-            dataclasses.asdict(config),
-        )
-        self.peak = self.measured_peak()
-
-    def make_reader(self) -> latent_reader.Reader:
-        if self.config.online is None:
-            return latent_reader.LatentReader(self.config.data)
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        return OnlineReader(self.config.online, self.config.data, self.config.seed, self.device, dtype)
-
-    def train(self) -> None:
-        while self.state["stage"] < len(self.config.stages):
-            self.train_stage(self.config.stages[self.state["stage"]])
-        self.finish()
-
-    def train_stage(self, config: StageConfig) -> None:
-        index = self.samples_of_stage()
-        held_out_rows = rows_of(index, config, "held_out")
-        held_out = held_out_set(self.reader, held_out_rows, self.config, config)
-        if len(self.state["held_out"]) == self.state["stage"]:
-            before = self.measure(held_out)
-            self.state["held_out"].append(
-                {
-                    "stage": config.name,
-                    "before": before,
-                    "triples": held_out.triples,
-                    "set_hash": held_out.set_hash,
-                }
-            )
-        rows = rows_of(index, config, "train")
-        stream = sample_order.SampleStream(rows, self.config.seed, self.engine.module.config)
-        steps = trainer.prefetched(
-            latent_reader.rank_steps(
-                self.reader,
-                stream,
-                self.state["position"],
-                self.config.packs_per_step,
-                config.tokens_per_pack,
-                ranks.rank(),
-                ranks.world_size(),
-                config.one_step_share,
-            )
-        )
-        one_step = config.one_step
-        self.pixel_loss = PixelLoss(one_step, self.device, self.dtype) if one_step and one_step.vae else None
-        shown = self.config.validation
-        validation = shown and Validation(
-            shown, self.reader, held_out_rows, self.device, self.dtype, self.config.seed
-        )
-        while self.state["stage_step"] < config.steps:
-            self.train_step(config, steps)
-            if validation and self.state["step"] % validation.config.every == 0:
-                self.validate(validation)
-            save, stop = self.orders.now(self.device)
-            if save or self.state["step"] % self.config.checkpoint_every == 0:
-                self.save()
-            if stop:
-                raise StoppedError(
-                    f"saved at step {self.state['step']} and left; started again, it goes on", False
-                )
-        self.state["held_out"][-1]["after"] = self.measure(held_out)
-        self.state |= {"stage": self.state["stage"] + 1, "stage_step": 0, "position": 0}
-        self.save()
-
-    def samples_of_stage(self) -> pa.Table:
-        """The index as rank 0 found it when the stage began. Files that precompute adds later wait for the
-        next stage: they would change the order of all samples, on a resume or between ranks."""
-        index = index_of(self.config) if ranks.rank() == 0 else None
-        if self.state["stage_step"] == 0:
-            own = None if index is None else index["file"].unique().to_pylist()
-            self.state["files"] = ranks.from_rank_0(own)
-        if index is None:  # read after rank 0's: it holds all that rank 0 found
-            index = index_of(self.config)
-        return sample_order.of_files(index, self.state["files"])
-
-    def train_step(self, config: StageConfig, steps: Any) -> None:
-        start = time.monotonic()
-        rate = trainer.scheduled(
-            config.learning_rate, self.state["stage_step"], config.steps, self.config.optimiser
-        )
-        trainer.set_learning_rate(self.engine, rate)
-        step: latent_reader.Step = next(steps)
-        waited_s = time.monotonic() - start
-        summed = torch.zeros(3, device=self.device)  # losses, tokens, operations / 10^12
-        breakdown = run_log.Breakdown(config.buckets, self.device)
-        for batch in step.batches:
-            batch = batch.to(self.device, self.dtype)
-            velocity = forward(self.engine, batch)
-            losses = batch.sample_losses(velocity)
-            if self.pixel_loss is not None:
-                losses = losses + self.pixel_loss(batch, velocity)
-            # Engines average over packs; so the mean over the step's samples is n K / N of each pack's mean.
-            self.engine.backward(losses.sum() * (self.config.packs_per_step / step.samples))
-            self.engine.step()
-            breakdown.add(losses, batch.timestep, batch.buckets)
-            counts = torch.tensor([len(batch.video) / schema.PATCH**2, self.tera_operations(batch)])
-            summed += torch.cat([losses.detach().sum()[None], counts.to(self.device)])
-        if self.guard.took_step():
-            self.average.update(self.state["step"])
-        loss, token_count, tera_operations = ranks.all_reduced(summed).tolist()
-        details = breakdown.means()
-        seconds = time.monotonic() - start
-        values = {
-            "loss": loss / step.samples,
-            "gradient_norm": self.guard.norm,
-            "learning_rate": rate,
-            "samples": step.samples,
-            "seconds": seconds,
-            "tokens_per_second": token_count / seconds,
-            "wait_share": waited_s / seconds,
-            "imbalance": step.imbalance,
-            "skipped": self.state["skipped"],
-        }
-        if self.peak is not None:
-            values["utilisation"] = tera_operations / seconds / self.peak
-        self.log.step(self.state["step"], config.name, values, details)
-        self.state["step"] += 1
-        self.state["stage_step"] += 1
-        self.state["position"] = step.next_position
-
-    def measured_peak(self) -> float | None:
-        """10^12 operations a second of all workers; None: unknown."""
-        one = self.config.peak_tflops
-        if one is None and self.device.type != "cpu":
-            return None
-        own = one or run_log.measured_peak() / 1e12
-        return float(ranks.all_reduced(torch.tensor([own], device=self.device)))
-
-    def tera_operations(self, batch: latent_reader.Batch) -> float:
-        """Counted 10^12 operations of a pack's forward and backward passes; nothing recomputed counts."""
-        model: Any = self.engine.module.config
-        samples = zip(batch.video_shapes, batch.text_lengths, strict=True)
-        counted = sum(flops.forward_operations(model, shape, n).total for shape, n in samples)
-        return flops.TRAINING_OVER_FORWARD * counted / 1e12
-
-    def measure(self, held_out: HeldOut) -> float:
-        return held_out_loss(self.hollow, self.averaged(), held_out, self.device)
-
-    def averaged(self) -> dict[str, Tensor]:
-        """All tensors of the network with averaged weights, for `forward(self.hollow, batch, ...)`."""
-        return {**dict(self.engine.module.named_buffers()), **self.average.gathered(self.dtype)}
-
-    def validate(self, validation: Validation) -> None:
-        """Restore the chosen clips with the moving average; log how well."""
-        average, step = self.averaged(), self.state["step"]
-        means, pictures = validation.run(
-            lambda batch: forward(self.hollow, batch, average), self.config.output, step
-        )
-        self.state.setdefault("validation", []).append({"step": step, **means})
-        self.log.validation(step, means, pictures)
-
-    def save(self) -> None:
-        self.log.flush()
-        self.checkpoints.save(self.state)
-        self.orders.saved()
-
-    def finish(self) -> None:
-        """Rank 0 writes the moving average and the history to weights/dit."""
-        self.log.close()
-        self.orders.saved(over=True)
-        average = self.average.collected()
-        if ranks.rank() == 0:
-            url = storage.join(self.config.output, trainer.WEIGHTS, NAME)
-            about = {key: self.state[key] for key in ("step", "initial", "held_out")}
-            model = self.engine.module
-            whole = {**dict(model.named_buffers()), **average}
-            prompts = self.reader.texts.prompts()
-            weights_folder.save_weights(
-                url, weights_folder.transformer_kind(model), model.config, whole, prompts, about
-            )
-            history = {"steps": self.state["history"], "held_out": self.state["held_out"]}
-            history["validation"] = self.state.get("validation", [])
-            storage.write_json(storage.join(url, trainer.HISTORY), history)
+        },
+        open_stage=functools.partial(open_stage, worker),
+        save_weights=functools.partial(save_weights, worker),
+    )
 
 
-def loop(given: dict[str, Any]) -> dict[str, Any] | None:
-    """What each Ray Train worker runs."""
-    return outcome(lambda: Run(given["config"], given["desk"]).train())
+def make_reader(config: TrainDitConfig, device: torch.device) -> latent_reader.Reader:
+    if config.online is None:
+        return latent_reader.LatentReader(config.data)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return OnlineReader(config.online, config.data, config.seed, device, dtype)
+
+
+def open_stage(worker: Worker, state: loop.State) -> loop.Stage:
+    """The stage that the state is in: its samples from the state's position on."""
+    config, reader, device, dtype = worker.config, worker.reader, worker.device, worker.dtype
+    stage_config = config.stages[state["stage"]]
+    if state["stage_step"] == 0:
+        state["position"] = 0
+    index = samples_of_stage(config, state)
+    held_out_rows = rows_of(index, stage_config, "held_out")
+    tokens_per_pack = stage_config.tokens_per_pack
+    fixed = held_out_set(reader, held_out_rows, config.heldout_triples, tokens_per_pack, config.seed)
+    rows = rows_of(index, stage_config, "train")
+    steps = latent_reader.rank_steps(
+        reader,
+        sample_order.SampleStream(rows, config.seed, worker.engine.module.config),
+        state["position"],
+        config.packs_per_step,
+        tokens_per_pack,
+        ranks.rank(),
+        ranks.world_size(),
+        stage_config.one_step_share,
+    )
+    one_step = stage_config.one_step
+    pixel_loss = PixelLoss(one_step, device, dtype) if one_step and one_step.vae else None
+    prefetched = trainer.prefetched(steps)
+    opened = loop.Stage(
+        name=stage_config.name,
+        steps=stage_config.steps,
+        step=lambda: train_step(worker, stage_config, state, prefetched, pixel_loss),
+        held_out=lambda: {"loss": held_out_loss(worker.averaged(), fixed, device, dtype)},
+        held_out_set={"triples": fixed.triples, "set_hash": fixed.set_hash},
+    )
+    if config.validation is None:
+        return opened
+    validation = Validation(config.validation, reader, held_out_rows, device, dtype, config.seed)
+    return dataclasses.replace(
+        opened,
+        validate=lambda: validation.run(worker.averaged(), config.output, state["step"]),
+        validate_every=config.validation.every,
+    )
+
+
+def samples_of_stage(config: TrainDitConfig, state: loop.State) -> pa.Table:
+    """The index as rank 0 found it when the stage began. Files that precompute adds later wait for the
+    next stage: they would change the order of all samples, on a resume or between ranks."""
+    index = index_of(config) if ranks.rank() == 0 else None
+    if state["stage_step"] == 0:
+        files = None if index is None else index["file"].unique().to_pylist()
+        state["files"] = ranks.from_rank_0(files)
+    if index is None:  # read after rank 0's: it holds all that rank 0 found
+        index = index_of(config)
+    return sample_order.of_files(index, state["files"])
+
+
+def train_step(
+    worker: Worker,
+    stage_config: StageConfig,
+    state: loop.State,
+    steps: Iterator[latent_reader.Step],
+    pixel_loss: PixelLoss | None,
+) -> loop.StepResult:
+    """This rank's packs forward and backward, and one optimiser step."""
+    config, engine, device = worker.config, worker.engine, worker.device
+    rate = trainer.scheduled(
+        stage_config.learning_rate, state["stage_step"], stage_config.steps, config.optimiser
+    )
+    trainer.set_learning_rate(engine, rate)
+    start = time.monotonic()
+    step = next(steps)
+    waited_s = time.monotonic() - start
+    summed = torch.zeros(3, device=device)  # losses, tokens, operations / 10^12
+    breakdown = run_log.Breakdown(stage_config.buckets, device)
+    for batch in step.batches:
+        batch = batch.to(device, worker.dtype)
+        velocity = forward(engine, batch)
+        losses = batch.sample_losses(velocity)
+        if pixel_loss is not None:
+            losses = losses + pixel_loss(batch, velocity)
+        # Engines average over packs; so the mean over the step's samples is n K / N of each pack's mean.
+        engine.backward(losses.sum() * (config.packs_per_step / step.samples))
+        engine.step()
+        breakdown.add(losses, batch.timestep, batch.buckets)
+        tera = utilisation.tera_operations(engine.module.config, batch)
+        counts = torch.tensor([len(batch.video) / schema.PATCH**2, tera])
+        summed += torch.cat([losses.detach().sum()[None], counts.to(device)])
+    loss, token_count, tera = ranks.all_reduced(summed).tolist()
+    state["position"] = step.next_position
+    return loop.StepResult(
+        loss=loss / step.samples,
+        samples=step.samples,
+        learning_rate=rate,
+        waited_s=waited_s,
+        terms={"imbalance": step.imbalance},
+        per_second={
+            "tokens_per_second": token_count,
+            **({} if worker.peak is None else {"utilisation": tera / worker.peak}),
+        },
+        details=breakdown.means(),
+    )
+
+
+def save_weights(worker: Worker, url: str, state: loop.State) -> None:
+    """Rank 0 writes the moving average, with the prompts that it was trained with."""
+    average = worker.average.collected()
+    if ranks.rank() == 0:
+        about = {key: state[key] for key in ("step", "initial", "held_out")}
+        model = worker.engine.module
+        whole = {**dict(model.named_buffers()), **average}
+        prompts = worker.reader.texts.prompts()
+        kind = weights_folder.transformer_kind(model)
+        weights_folder.save_weights(url, kind, model.config, whole, prompts, about)
 
 
 def run(config: TrainDitConfig) -> stage.Summary:
@@ -499,7 +391,7 @@ def run(config: TrainDitConfig) -> stage.Summary:
         if config.online is not None:
             online_latents.write_texts(config.online, config.data, config.seed)
             check_data(config)
-        trainer.start_trainer(loop, config, config.scale, config.output, NAME)
+        loop.start(build, config, NAME)
         trainer.summarise(summary, storage.join(config.output, trainer.WEIGHTS, NAME))
 
     return stage.run_stage("train_dit", storage.join(config.output, trainer.WEIGHTS, NAME), work)

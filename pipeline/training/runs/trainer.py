@@ -1,7 +1,7 @@
-"""What both trainings share: Ray Train wiring, DeepSpeed engines, rates, logs.
+"""What all trainings share around their loop: Ray Train's workers, DeepSpeed's engines, learning rates.
 
-Every rank runs the same loop function under Ray Train; DeepSpeed ZeRO shards optimiser states, gradients
-and, in stage 3, weights. What a rank keeps is in train_state.py, how it is saved in checkpoint.py.
+Every rank runs the same function under Ray Train; DeepSpeed ZeRO shards optimiser states, gradients and, in
+stage 3, weights.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ from torch import nn
 
 from pipeline.runtime import stage
 from pipeline.store import storage
-from pipeline.training.state import control
+from pipeline.training.runs.controller import TrainingCallback, WaitedTooLongError
+from pipeline.training.state import control, deepspeed_adapter
 from pipeline.training.state.checkpoint import CHECKPOINTS
 
 WEIGHTS, HISTORY = "weights", "history.json"
@@ -67,6 +68,11 @@ class ScaleConfig:
         number = self.num_workers
         return (number, number) if isinstance(number, int) else number
 
+    @property
+    def backend(self) -> Literal["nccl", "gloo"]:
+        """Of torch.distributed."""
+        return "nccl" if self.use_gpu else "gloo"
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimiserConfig:
@@ -87,49 +93,37 @@ class OptimiserConfig:
 
 
 def start_trainer(
-    loop: Callable[[dict[str, Any]], dict[str, Any] | None],
-    config: Any,
-    scale: ScaleConfig,
-    storage_url: str,
-    name: str,
+    on_rank: Callable[[Any], dict[str, Any] | None], scale: ScaleConfig, storage_url: str, name: str
 ) -> None:
-    """Run a training loop, which gets {"config", "desk"}, on the workers until it ends.
+    """Run `on_rank`, which gets the control actor and gives a loop's outcome, on all workers until it ends.
 
     ValueError, with the reason, if it stopped or never began; SystemExit if SIGTERM ended it.
     """
+    deepspeed_adapter.check_version()
     # Ray Train would print each line a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # Here, as Ray Train's controller is: elsewhere it could die with a node that the run does without.
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    desk = ray.remote(num_cpus=0, scheduling_strategy=here)(control.Desk).remote()
+    actor = ray.remote(num_cpus=0, scheduling_strategy=here)(control.ControlActor).remote()
     each = {"CPU": scale.cpus_per_worker, **({"GPU": 1} if scale.use_gpu else {})}
     needs = f"{scale.workers[0]} worker(s) of {each}"
-    # Typed for users' callbacks only; at run time every callback will do.
-    watch: Any = control.Watch(desk, needs, scale.wait_for_workers_s)
-    local = not storage_url.startswith("s3://")
+    callback = TrainingCallback(actor, needs, scale.wait_for_workers_s)
     trainer = TorchTrainer(
-        loop,
-        train_loop_config={"config": config, "desk": desk},
-        torch_config=TorchConfig(backend="nccl" if scale.use_gpu else "gloo", timeout_s=3600),
+        lambda: on_rank(actor),
+        torch_config=TorchConfig(backend=scale.backend, timeout_s=3600),
         scaling_config=ScalingConfig(
             num_workers=scale.num_workers,
             use_gpu=scale.use_gpu,
             resources_per_worker=each,
             elastic_resize_monitor_interval_s=scale.resize_every_s,
         ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=storage.path_of(storage.join(storage_url, CHECKPOINTS)),
-            storage_filesystem=None if local else storage.arrow_filesystem(storage_url),
-            failure_config=FailureConfig(max_failures=scale.max_failures),
-            callbacks=[watch],
-        ),
+        run_config=_run_config(name, storage_url, scale, callback),
     )
     try:
-        with control.sigterm_saves(desk):
+        with control.sigterm_saves(actor):
             result: Any = trainer.fit()
     except ControllerError as error:
-        if isinstance(error.controller_failure, control.WaitedTooLongError):
+        if isinstance(error.controller_failure, WaitedTooLongError):
             raise ValueError(str(error.controller_failure)) from None
         raise
     outcome = result.return_value
@@ -140,17 +134,25 @@ def start_trainer(
         raise SystemExit(128 + signal.SIGTERM)
 
 
+def _run_config(name: str, storage_url: str, scale: ScaleConfig, callback: Any) -> RunConfig:
+    """callback: of the controller; Ray's types know only users' own, at run time every kind will do."""
+    local = not storage_url.startswith("s3://")
+    return RunConfig(
+        name=name,
+        storage_path=storage.path_of(storage.join(storage_url, CHECKPOINTS)),
+        storage_filesystem=None if local else storage.arrow_filesystem(storage_url),
+        failure_config=FailureConfig(max_failures=scale.max_failures),
+        callbacks=[callback],
+    )
+
+
 def setup_worker(scale: ScaleConfig) -> torch.device:
-    """Threads and accelerator of this rank; call first in a loop."""
+    """Threads and accelerator of this rank; call it first on a rank."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if scale.use_gpu else "cpu")
     os.environ.setdefault("LOCAL_RANK", str(ray.train.get_context().get_local_rank()))
     torch.set_num_threads(max(1, scale.cpus_per_worker))
-    import deepspeed  # slow to import, and only workers need it
-
     device = ray.train.torch.get_device() if scale.use_gpu else torch.device("cpu")
-    # Its shared-memory all-reduce takes 90 s of compiling at the first start; gloo will do.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if scale.use_gpu else "gloo", verbose=False)
+    deepspeed_adapter.join_ranks(scale.backend)
     return device
 
 

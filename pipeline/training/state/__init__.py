@@ -1,3 +1,3 @@
-"""What survives a kill: checkpoints, fp32 fragments of ZeRO, moving averages; what ranks agree on.
+"""What survives a kill: checkpoints, fp32 weights and moving averages; skipped steps; what ranks agree on.
 
 Imports no other part of training."""

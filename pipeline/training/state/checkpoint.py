@@ -23,15 +23,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.store import hashing, storage
-from pipeline.training.state.ranks import from_all, from_rank_0
-from pipeline.training.state.zero_fragments import (
+from pipeline.training.state.deepspeed_adapter import (
     MOMENTS,
-    MovingAverage,
     fragments,
     optimiser_step,
     prepare_moments,
     spread_masters,
+    whole_shape,
 )
+from pipeline.training.state.ema import MovingAverage
+from pipeline.training.state.ranks import from_all, from_rank_0
 
 CHECKPOINTS = "checkpoints"
 STATE, COMPLETE = "state.json", "COMPLETE"
@@ -284,7 +285,7 @@ def _described(engine: Any) -> dict[str, Any]:
     module = engine.module
     return {
         "optimiser_step": optimiser_step(engine),
-        "shapes": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()},
+        "shapes": {name: list(whole_shape(p)) for name, p in module.named_parameters()},
         "buffers": {name: [list(b.shape), _DTYPES[b.dtype]] for name, b in module.named_buffers()},
     }
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.training.runs import run_log
+from pipeline.training.runs import loggers, run_log
 from tests.pipeline.training.runs.test_train_dit import dit_config
 
 STEP = {"loss": 0.5, "gradient_norm": 2.0, "samples": 8, "seconds": 0.25, "wait_share": 0.01}
@@ -104,7 +104,7 @@ def test_weights_and_biases_get_the_same_numbers_by_config(tmp_path, monkeypatch
     fake.Image = lambda picture: picture.shape
     fake.finish = lambda: logged.append("finished")
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    run_log.check_wandb("restoration")
+    loggers.check_wandb("restoration")
     log = run_log.Log(f"file://{tmp_path}", "dit", 4, [], "restoration", {"seed": 3})
     log.step(0, "small", STEP)
     log.validation(1, {"psnr": 20.0}, {"one": np.zeros((8, 24, 3), np.uint8)})

@@ -24,10 +24,15 @@ from pipeline.store import hashing, storage
 from pipeline.training.objectives import vae_loss
 from pipeline.training.objectives.vae_loss import AdversarialConfig
 from pipeline.training.runs import train_vae, trainer
+from pipeline.training.samples import vae_crops
+from pipeline.training.state.control import StoppedError
+from pipeline.training.state.deepspeed_adapter import fragments
+from pipeline.training.state.step_guard import FaultConfig, step_guards
 from pipeline.video import pixel_range
 from pipeline.weights import lpips_weights, weights_folder
 from tests.helpers.data_root import make_data_root
 from tests.helpers.processes import kill_tree
+from tests.helpers.ranks import process_group
 from tests.helpers.tiny_models import VAE, save_vae
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -94,8 +99,8 @@ def history(output: Path) -> dict:
 def plain_batches(config: train_vae.TrainVaeConfig):
     """(stage, step of the stage, each rank's crops) of the whole run."""
     for index, stage in enumerate(config.stages):
-        clips = train_vae.fitting(train_vae.kept_clips(config.data, "train"), stage.crop, "training")
-        reader = train_vae.CropReader(config, clips, stage.crop)
+        clips = vae_crops.fitting_clips(config.data, "train", stage.crop)
+        reader = vae_crops.CropReader(train_vae.crop_plan(config, stage.crop), clips)
         for number in range(stage.steps):
             yield (
                 stage,
@@ -382,36 +387,53 @@ def test_lpips_of_the_hub_comes_from_its_cache_where_that_is_filled(tmp_path, mo
     assert lpips_weights.load_perceptual("none") is None
 
 
-class OneProcess:
-    """What Objective needs of an engine, in plain torch."""
+def test_a_loss_that_is_not_finite_moves_neither_network_and_many_end_the_run(tmp_path):
+    optimiser, scale = trainer.OptimiserConfig(), trainer.ScaleConfig()
+    with process_group(f"{tmp_path}/store"):
+        networks = {
+            "vae": vae_loss.AutoencoderPass(CausalVideoAutoencoder(VAE)),
+            "discriminator": VideoDiscriminator(ADVERSARIAL.discriminator),
+        }
+        engines = {
+            name: trainer.make_engine(network, scale, optimiser, accumulation=1)
+            for name, network in networks.items()
+        }
+        for engine in engines.values():
+            trainer.set_learning_rate(engine, 1e-4)
+        objective = vae_loss.Objective(engines["vae"], None, engines["discriminator"], 1e-3, 1.0, ADVERSARIAL)
+        guards = step_guards(engines, FaultConfig(skips_in_row=2), state := {})
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.module, self.steps = module, 0
+        def step(number: int, group: vae_loss.LengthGroup) -> dict[str, bool]:
+            objective.step(number, [group])
+            return {name: guard.took_step(number) for name, guard in guards.items()}
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def step(self) -> None:
-        self.steps += 1
-
-    def get_global_grad_norm(self) -> float:
-        return float(torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters()]))
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_before_anything_moves():
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        engine = OneProcess(vae_loss.Pass(CausalVideoAutoencoder(VAE)))
-        judge = OneProcess(VideoDiscriminator(ADVERSARIAL.discriminator))
-        objective = vae_loss.Objective(engine, None, judge, 1e-3, 1.0, ADVERSARIAL)
         video = torch.rand(1, 3, 1, 16, 16)
         noise = vae_loss.latent_noise(VAE, video, torch.Generator())
-        group = vae_loss.Group(video, noise, share=1.0)
-        assert objective.step(7, [group])["gan"] == 1.0
+        group = vae_loss.LengthGroup(video, noise, share=1.0)
         broken = dataclasses.replace(group, video=video * torch.nan)
-        with pytest.raises(FloatingPointError, match=r"step 9: .*l1 nan.*learning_rate"):
-            objective.step(8, [broken])
-        assert (engine.steps, judge.steps) == (1, 1)
-    finally:
-        torch.distributed.destroy_process_group()
+        assert step(0, group) == {"vae": True, "discriminator": False}  # it begins at step 1
+        assert step(7, group) == {"vae": True, "discriminator": True}
+        masters = [one.master.clone() for engine in engines.values() for one in fragments(engine)]
+        assert step(8, broken) == {"vae": False, "discriminator": False}
+        again = [one.master for engine in engines.values() for one in fragments(engine)]
+        assert all(torch.equal(a, b) for a, b in zip(again, masters, strict=True))
+        assert [state["guards"][name]["skipped"] for name in engines] == [1, 1]
+        with pytest.raises(StoppedError, match=r"step 10: 2 steps in a row were skipped.*learning_rate"):
+            step(9, broken)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_diverges_ends_once_with_its_reason(data, tmp_path, local_ray):
+    """Any other error than StoppedError would make Ray Train start the workers `max_failures` times again."""
+    stages = [train_vae.VaeStageConfig(Bucket(5, 32, 32), 6, 1e30, crops_per_worker=1)]
+    optimiser = trainer.OptimiserConfig(weight_decay=0.0)
+    faults = FaultConfig(skips_in_row=2)
+    config = vae_config(data, tmp_path, stages=stages, optimiser=optimiser, faults=faults)
+    with pytest.raises(ValueError, match=r"step 3: 2 steps in a row were skipped, .*lower learning_rate"):
+        train_vae.run(config)
+
+
+def test_the_latents_spread_is_that_of_steps_that_are_finite(data, tmp_path):
+    history = [{"latent_std": 2.0}] * 60 + [{"latent_std": 4.0}] * 50 + [{"latent_std": float("nan")}]
+    assert train_vae.latent_scale(vae_config(data, tmp_path), history) == 0.25

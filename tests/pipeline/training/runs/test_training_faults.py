@@ -29,34 +29,6 @@ ROOT = Path(__file__).resolve().parents[4]
 STEPS = 30
 SEED = 11
 
-# Every step's samples go into the state, and take long enough for a kill to hit one.
-DRIVER = """
-import pickle, sys, time
-import ray, torch.distributed as dist
-from pipeline.training.runs.trainer.runs import train_dit
-from pipeline.training.state.control import outcome
-
-def is_elastic(run):
-    # Whoever is left waits for the other's node. (Beside `dist`, `config` would pickle a module.)
-    return isinstance(run.config.scale.num_workers, tuple)
-
-class Recording(train_dit.Run):
-    def train_step(self, config, steps):
-        step = next(steps)
-        ids = [None] * dist.get_world_size()
-        dist.all_gather_object(ids, [name for batch in step.batches for name in batch.sample_ids])
-        time.sleep(3 if is_elastic(self) and dist.get_world_size() == 1 else 0.2)
-        super().train_step(config, iter([step]))
-        seen = self.state.setdefault("seen", [])
-        seen.append([dist.get_world_size(), sorted(name for own in ids for name in own)])
-
-train_dit.loop = lambda given: outcome(lambda: Recording(given["config"], given["desk"]).train())
-with open(sys.argv[1], "rb") as file:
-    config = pickle.load(file)
-ray.init(address=sys.argv[2])
-train_dit.run(config)
-"""
-
 
 class Training:
     """train_dit as a driver process on a cluster of two nodes with a core each."""
@@ -64,14 +36,14 @@ class Training:
     def __init__(self, folder: Path) -> None:
         self.cluster = one_node_cluster()
         self.node = new_node(self.cluster)
-        self.script = folder / "driver.py"
-        self.script.write_text(DRIVER)
+        self.folder = folder
 
     def start(self, config: train_dit.TrainDitConfig) -> subprocess.Popen[str]:
-        file = self.script.with_name("config.pickle")
+        file = self.folder / "config.pickle"
         file.write_bytes(pickle.dumps(config))
         return subprocess.Popen(
-            [sys.executable, str(self.script), str(file), self.cluster.address],
+            [sys.executable, "-m", "tests.helpers.recording_driver", str(file), self.cluster.address],
+            cwd=ROOT,
             env={
                 **driver_environment(),
                 "RAY_DEDUP_LOGS": "0",

@@ -1,19 +1,72 @@
-"""What a rank keeps of a training in fp32: its fragments of the weights, Adam's moments, the moving average.
+"""All that is read or changed in DeepSpeed beyond its public interface, for the versions named here alone.
 
 ZeRO 1 and 2 cut all parameters, laid end to end, into one piece a rank; ZeRO 3 cuts each parameter. Here
 both are runs of values of named parameters, so that averages and checkpoints know no stage and no number
-of ranks. DeepSpeed has no public way to them for all stages: this file alone reads its optimisers.
+of ranks. DeepSpeed has no public way to them for all stages, nor one to drop a step by its gradient norm.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import importlib.metadata
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
+TESTED_VERSIONS = ">=0.19.8,<0.20"
+"""Of DeepSpeed, as in pyproject.toml."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def check_version() -> None:
+    """ValueError if the installed DeepSpeed is not one of those that this file was tested with."""
+    installed = importlib.metadata.version("deepspeed")
+    if installed not in SpecifierSet(TESTED_VERSIONS):
+        raise ValueError(
+            f"deepspeed: version {installed} is installed, and training reads internals of "
+            f"deepspeed{TESTED_VERSIONS} alone; pip install 'deepspeed{TESTED_VERSIONS}'"
+        )
+
+
+def join_ranks(backend: str) -> None:
+    """DeepSpeed's communication over torch's process group; call it before an engine is made."""
+    import deepspeed  # slow to import, and only workers need it
+
+    # Its shared-memory all-reduce takes 90 s of compiling at the first start; gloo will do.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def screen_steps(engine: Any, accepts: Callable[[float], bool]) -> None:
+    """Before every optimiser step, `accepts` is asked with the gradients' global norm, infinite where one is
+    not finite. A step that it refuses changes nothing. All ranks see the same norm."""
+    optimiser = engine.optimizer
+    name = "_get_norm_groups" if engine.zero_optimization_stage() == 3 else "scaled_global_norm"
+    measure = getattr(optimiser, name)
+
+    def screened() -> Tensor | list[Tensor]:
+        norms = measure()  # ZeRO 3: of each part
+        parts = [float(norm) for norm in (norms if isinstance(norms, list) else [norms])]
+        finite = all(math.isfinite(part) and part >= 0 for part in parts)
+        if accepts(math.hypot(*parts) if finite else math.inf):
+            return norms
+        # DeepSpeed drops a step whose gradient norm is negative.
+        if isinstance(norms, list):
+            return [torch.full_like(part, -1.0) for part in norms]
+        return torch.full_like(norms, -1.0)
+
+    setattr(optimiser, name, screened)
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Of a module's parameter, of which ZeRO 3 leaves nothing in it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+# -- what a rank keeps in fp32 --------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,42 +152,3 @@ def spread_masters(engine: Any) -> None:
         optimiser._reassign_or_swap_out_partitioned_parameters(group)
     if optimiser.persistent_parameters:
         optimiser.persistent_parameters[0].all_gather(optimiser.persistent_parameters)
-
-
-class MovingAverage:
-    """fp32 moving average of an engine's weights; each rank keeps that of its own fragments."""
-
-    def __init__(self, engine: Any, decay: float) -> None:
-        self.engine, self.decay = engine, decay
-        self.fragments = fragments(engine)
-        self.own = [fragment.master.clone() for fragment in self.fragments]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After optimiser step `step` (from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for own, fragment in zip(self.own, self.fragments, strict=True):
-            own.lerp_(fragment.master, 1 - decay)
-
-    @torch.no_grad()
-    def _whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter's average, on every rank, one after another."""
-        pairs = zip(self.fragments, self.own, strict=True)
-        own = {fragment.name: (fragment, kept) for fragment, kept in pairs}
-        for name, parameter in self.engine.module.named_parameters():
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            whole = torch.zeros(shape, dtype=torch.float32, device=self.engine.device)
-            if name in own:
-                fragment, kept = own[name]
-                whole.view(-1)[fragment.start : fragment.start + fragment.numel] = kept.to(whole.device)
-            dist.all_reduce(whole)  # the fragments do not overlap
-            yield name, whole
-
-    def gathered(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """The whole average by the module's parameter names, on every rank and its device."""
-        return {name: whole.to(dtype) for name, whole in self._whole_parameters()}
-
-    def collected(self) -> dict[str, Tensor]:
-        """The whole average in fp32 in the memory of rank 0's host; nothing on the other ranks."""
-        pairs = ((name, whole.cpu()) for name, whole in self._whole_parameters())
-        return {name: whole for name, whole in pairs if dist.get_rank() == 0}

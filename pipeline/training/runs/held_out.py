@@ -1,0 +1,61 @@
+"""The fixed samples, times and noises on which a transformer is measured before and after each stage."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pipeline.store import hashing
+from pipeline.training.samples import latent_reader, sample_order
+from pipeline.training.state import ranks
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Triples (sample, time, noise), in packs."""
+
+    packs: list[latent_reader.Batch]
+    triples: int
+    set_hash: str
+    """tells this set from others"""
+
+
+def held_out_set(
+    reader: latent_reader.Reader, rows: pa.Table, triples: int, tokens_per_pack: int, seed: int
+) -> HeldOut:
+    """Samples of the index rows in turn, times at even quantiles of the training law."""
+    quantiles = (torch.arange(triples) + 0.5) / triples
+    times = (1000 * torch.sigmoid(torch.special.ndtri(quantiles))).tolist()
+    ordered = rows.sort_by("sample_id").slice(0, triples).to_pylist()
+    # Epoch -1-i: draws that no training step uses.
+    drawn = [sample_order.Drawn(ordered[i % len(ordered)], -1 - i) for i in range(triples)]
+    packs: list[list[dict[str, Any]]] = [[]]
+    load = 0
+    for sample, timestep in zip(drawn, times, strict=True):
+        if packs[-1] and load + sample.tokens > tokens_per_pack:
+            packs.append([])
+            load = 0
+        packs[-1].append(latent_reader.training_sample(reader, sample, seed, False, timestep))
+        load += sample.tokens
+    names = [(one.row["sample_id"], one.epoch, timestep) for one, timestep in zip(drawn, times, strict=True)]
+    set_hash = hashing.stable_id(json.dumps(names), seed)
+    return HeldOut([latent_reader.collate(pack) for pack in packs], triples, set_hash)
+
+
+@torch.no_grad()
+def held_out_loss(
+    velocity: Callable[[latent_reader.Batch], Tensor],
+    held_out: HeldOut,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
+    """Mean over the triples of a network's loss; ranks share the packs."""
+    total = torch.zeros(1, device=device)
+    for pack in held_out.packs[ranks.rank() :: ranks.world_size()]:
+        batch = pack.to(device, dtype)
+        total += batch.sample_losses(velocity(batch)).sum()
+    return float(ranks.all_reduced(total)) / held_out.triples
