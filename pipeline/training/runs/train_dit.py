@@ -456,7 +456,7 @@ class Run:
         """Restore the chosen clips with the moving average; log how well."""
         average, step = self.averaged(), self.state["step"]
         means, pictures = validation.run(
-            lambda batch: forward(self.hollow, batch, average), self.config.output, step
+            lambda *inputs: functional_call(self.hollow, average, inputs), self.config.output, step
         )
         self.state.setdefault("validation", []).append({"step": step, **means})
         self.log.validation(step, means, pictures)
