@@ -19,13 +19,14 @@ from torch.func import functional_call
 from model import checkpoints, flops
 from model.dit.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
 from pipeline.data import text_embeddings
+from pipeline.data.precompute import SampleConfig
 from pipeline.runtime import stage
 from pipeline.store import hashing, schema, storage
 from pipeline.training.objectives.one_step_loss import OneStepConfig, PixelLoss
 from pipeline.training.runs import run_log, trainer
 from pipeline.training.runs.validation import Validation, ValidationConfig
 from pipeline.training.samples import latent_reader, online_latents, sample_order
-from pipeline.training.samples.online_latents import OnlineConfig, OnlineReader
+from pipeline.training.samples.online_latents import OnlineReader
 from pipeline.training.state import ranks
 from pipeline.training.state.checkpoint import Checkpoints
 from pipeline.training.state.control import (
@@ -99,7 +100,7 @@ class TrainDitConfig:
     """compile the MLPs of the paper's network: the first steps take longer, all others less"""
     heldout_triples: int = 64
     """fixed (sample, time, noise) triples of the held-out loss, before and after each stage"""
-    online: OnlineConfig | None = None
+    online: SampleConfig | None = None
     """make latents while training instead of reading them, for small data (null: read latents/)"""
     validation: ValidationConfig | None = None
     """restore held-out clips every now and then, as pictures and with scores (null: do not)"""
@@ -497,7 +498,7 @@ def run(config: TrainDitConfig) -> stage.Summary:
 
     def work(summary: stage.Summary) -> None:
         if config.online is not None:
-            online_latents.write_texts(config.online, config.data, config.seed)
+            online_latents.write_texts(config.online, config.data)
             check_data(config)
         trainer.start_trainer(loop, config, config.scale, config.output, NAME)
         trainer.summarise(summary, storage.join(config.output, trainer.WEIGHTS, NAME))

@@ -21,9 +21,10 @@ from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
 from model.vae.discriminator import VideoDiscriminator
 from model.vae.wavelet_start import check_wavelet_start, start_as_wavelets
 from pipeline.data import cropping
+from pipeline.data.kept_clips import kept_clips
 from pipeline.metrics.psnr_ssim import psnr
 from pipeline.runtime import stage
-from pipeline.store import hashing, schema, source_cache, storage
+from pipeline.store import hashing, source_cache, storage
 from pipeline.training.objectives import vae_loss
 from pipeline.training.objectives.vae_loss import AdversarialConfig, Group, Objective
 from pipeline.training.runs import run_log, trainer
@@ -129,17 +130,6 @@ class TrainVaeConfig:
     @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
-
-
-def kept_clips(data_url: str, split: str) -> list[dict[str, Any]]:
-    """The clips rows of one split, in a fixed order."""
-    clips = storage.read_folder(storage.join(data_url, schema.CLIPS))
-    selection = storage.read_folder(storage.join(data_url, schema.SELECTION))
-    if clips is None or selection is None:
-        raise ValueError(f"data: {data_url} has no clips/ or no selection/; run ingest and filter first")
-    kept = {row["clip_id"] for row in selection.to_pylist() if row["keep"] and row["split"] == split}
-    rows = sorted(clips.to_pylist(), key=lambda row: row["clip_id"])
-    return [row for row in rows if row["clip_id"] in kept]
 
 
 def fitting(clips: list[dict[str, Any]], crop: cropping.Bucket, where: str) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from model.perceptual.lpips import Lpips
 from model.vae.autoencoder import CausalVideoAutoencoder
 from model.vae.discriminator import DiscriminatorConfig, VideoDiscriminator
 from pipeline.data.cropping import Bucket
+from pipeline.data.kept_clips import kept_clips
 from pipeline.runtime.job_config import parse
 from pipeline.store import hashing, storage
 from pipeline.training.objectives import vae_loss
@@ -94,7 +95,7 @@ def history(output: Path) -> dict:
 def plain_batches(config: train_vae.TrainVaeConfig):
     """(stage, step of the stage, each rank's crops) of the whole run."""
     for index, stage in enumerate(config.stages):
-        clips = train_vae.fitting(train_vae.kept_clips(config.data, "train"), stage.crop, "training")
+        clips = train_vae.fitting(kept_clips(config.data, "train"), stage.crop, "training")
         reader = train_vae.CropReader(config, clips, stage.crop)
         for number in range(stage.steps):
             yield (
