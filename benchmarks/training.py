@@ -280,7 +280,7 @@ def peak(short: bool) -> dict[str, Any]:
             for kept, parameter in zip(average, learner.model.parameters(), strict=True):
                 kept.lerp_(parameter, 1e-4)
 
-    counted = sum(flops.forward_operations(config, shape, 154).total for shape in shapes)
+    counted = sum(flops.forward_flops(config, shape, 154).total for shape in shapes)
     step()
     training_operations = flops.TRAINING_OVER_FORWARD * counted
     share, rates = share_of_product_rate(step, training_operations, 1 if short else 3)

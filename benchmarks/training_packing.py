@@ -138,7 +138,7 @@ def by_slowest(seconds: list[float], workers: int) -> float:
 
 
 def counted(pack: Pack, text_tokens: int) -> int:
-    return sum(flops.forward_operations(MODEL, shape, text_tokens).total for shape in pack)
+    return sum(flops.forward_flops(MODEL, shape, text_tokens).total for shape in pack)
 
 
 def run(short: bool, rounds: int = 3) -> dict[str, Any]:

@@ -443,7 +443,7 @@ class Run:
         """Counted 10^12 operations of a pack's forward and backward passes; nothing recomputed counts."""
         model: Any = self.engine.module.config
         samples = zip(batch.video_shapes, batch.text_lengths, strict=True)
-        counted = sum(flops.forward_operations(model, shape, n).total for shape, n in samples)
+        counted = sum(flops.forward_flops(model, shape, n).total for shape, n in samples)
         return flops.TRAINING_OVER_FORWARD * counted / 1e12
 
     def measure(self, held_out: HeldOut) -> float:

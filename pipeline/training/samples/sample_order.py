@@ -111,7 +111,7 @@ def _numbers(table: pa.Table, column: str) -> np.ndarray:
 def _cost_by_text(model: flops.Config, frames: int, height: int, width: int) -> tuple[float, ...]:
     """A sample's operations as a polynomial of its text tokens, of degree 2: three counts tell it exactly."""
     shape = schema.latent_shape(frames, height, width)
-    none, one, two = (flops.forward_operations(model, shape, n).total for n in (0, 1, 2))
+    none, one, two = (flops.forward_flops(model, shape, n).total for n in (0, 1, 2))
     square = (two - 2 * one + none) / 2
     return float(none), one - none - square, square
 
