@@ -24,7 +24,7 @@ from benchmarks.data import timed
 from model import flops
 from model.dit.swin_mmdit import SD3_MEDIUM, SwinMMDiT
 from pipeline.store import schema
-from pipeline.training.samples import pack_balance, sample_order
+from pipeline.training.samples import latent_reader, pack_balance, sample_order
 
 Shape = tuple[int, int, int]
 Pack = list[Shape]
@@ -65,7 +65,7 @@ def mix() -> tuple[dict[str, Any], pa.Table]:
                 text_tokens=config["text_tokens"] // SHRUNK**2,
             )
         )
-    return config, pa.Table.from_pylist(rows, schema=schema.INDEX_SCHEMA)
+    return config, latent_reader.sample_table(pa.Table.from_pylist(rows, schema=schema.INDEX_SCHEMA))
 
 
 def tokens_of(shape: Shape) -> int:

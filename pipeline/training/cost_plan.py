@@ -176,12 +176,11 @@ def simulated_packs(
     rows: list[dict[str, Any]] = []
     for index, (sample, share) in enumerate(kinds):
         frames, height, width = sample.shape
-        for number in range(max(1, round(share * _SIMULATED_ROWS))):
+        for _ in range(max(1, round(share * _SIMULATED_ROWS))):
             rows.append(
                 {
-                    "file": f"{index:06d}",
-                    "row_group": number,
-                    "row": 0,
+                    "reference": index,
+                    "locality": len(rows),
                     "num_frames": (frames - 1) * schema.TEMPORAL_FACTOR + 1,
                     "height": height * schema.SPATIAL_FACTOR,
                     "width": width * schema.SPATIAL_FACTOR,
@@ -194,7 +193,7 @@ def simulated_packs(
     sample_order.check_budget(table, stage.tokens_per_pack, stage.name)
     stream = sample_order.SampleStream(table, 0, model)
     packed = sample_order.pack_step(stream, 0, 8, stage.tokens_per_pack)
-    return [[kinds[int(stream[position].row["file"])][0] for position in pack] for pack in packed.packs]
+    return [[kinds[stream[position].row["reference"]][0] for position in pack] for pack in packed.packs]
 
 
 # --- what a person reads ---

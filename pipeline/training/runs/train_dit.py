@@ -26,6 +26,7 @@ from pipeline.training.objectives.one_step_loss import OneStepConfig, PixelLoss
 from pipeline.training.runs import run_log, trainer
 from pipeline.training.runs.validation import Validation, ValidationConfig
 from pipeline.training.samples import latent_reader, online_latents, sample_order
+from pipeline.training.samples.batch import Batch, Step, collate, rank_steps, training_sample
 from pipeline.training.samples.online_latents import OnlineReader
 from pipeline.training.state import ranks
 from pipeline.training.state.checkpoint import Checkpoints
@@ -153,7 +154,9 @@ def index_of(config: TrainDitConfig) -> pa.Table:
     """Every sample there is."""
     if config.online is None:
         return latent_reader.read_index(config.data)
-    return online_latents.index_of(online_latents.planned_samples(config.online, config.data, config.seed))
+    return online_latents.sample_table(
+        online_latents.planned_samples(config.online, config.data, config.seed)
+    )
 
 
 def check_data(config: TrainDitConfig) -> None:
@@ -185,7 +188,7 @@ def check_data(config: TrainDitConfig) -> None:
 class HeldOut:
     """The fixed set on which a stage is measured before and after."""
 
-    packs: list[latent_reader.Batch]
+    packs: list[Batch]
     triples: int
     set_hash: str
 
@@ -202,23 +205,21 @@ def held_out_set(
     times = (1000 * torch.sigmoid(torch.special.ndtri(quantiles))).tolist()
     ordered = rows.sort_by("sample_id").slice(0, count).to_pylist()
     # Epoch -1-i: draws that no training step uses.
-    drawn = [sample_order.Drawn(ordered[i % len(ordered)], -1 - i) for i in range(count)]
-    packs: list[list[dict[str, Any]]] = [[]]
+    drawn = [sample_order.ScheduledSample(ordered[i % len(ordered)], -1 - i) for i in range(count)]
+    packs: list[list[Batch]] = [[]]
     load = 0
     for one, timestep in zip(drawn, times, strict=True):
         if packs[-1] and load + one.tokens > stage_config.tokens_per_pack:
             packs.append([])
             load = 0
-        packs[-1].append(latent_reader.training_sample(reader, one, config.seed, False, timestep))
+        packs[-1].append(training_sample(reader, one, config.seed, False, timestep))
         load += one.tokens
     names = [(one.row["sample_id"], one.epoch, timestep) for one, timestep in zip(drawn, times, strict=True)]
     set_hash = hashing.stable_id(json.dumps(names), config.seed)
-    return HeldOut([latent_reader.collate(pack) for pack in packs], count, set_hash)
+    return HeldOut([collate(pack) for pack in packs], count, set_hash)
 
 
-def forward(
-    model: torch.nn.Module, batch: latent_reader.Batch, parameters: dict[str, Tensor] | None = None
-) -> Tensor:
+def forward(model: torch.nn.Module, batch: Batch, parameters: dict[str, Tensor] | None = None) -> Tensor:
     """Velocity of a batch, with the given parameters in place of the model's own if there are any."""
     arguments = (
         batch.video,
@@ -343,7 +344,7 @@ class Run:
         rows = rows_of(index, config, "train")
         stream = sample_order.SampleStream(rows, self.config.seed, self.engine.module.config)
         steps = trainer.prefetched(
-            latent_reader.rank_steps(
+            rank_steps(
                 self.reader,
                 stream,
                 self.state["position"],
@@ -380,11 +381,11 @@ class Run:
         next stage: they would change the order of all samples, on a resume or between ranks."""
         index = index_of(self.config) if ranks.rank() == 0 else None
         if self.state["stage_step"] == 0:
-            own = None if index is None else index["file"].unique().to_pylist()
+            own = None if index is None else latent_reader.files_of(index)
             self.state["files"] = ranks.from_rank_0(own)
         if index is None:  # read after rank 0's: it holds all that rank 0 found
             index = index_of(self.config)
-        return sample_order.of_files(index, self.state["files"])
+        return latent_reader.of_files(index, self.state["files"])
 
     def train_step(self, config: StageConfig, steps: Any) -> None:
         start = time.monotonic()
@@ -392,7 +393,7 @@ class Run:
             config.learning_rate, self.state["stage_step"], config.steps, self.config.optimiser
         )
         trainer.set_learning_rate(self.engine, rate)
-        step: latent_reader.Step = next(steps)
+        step: Step = next(steps)
         waited_s = time.monotonic() - start
         summed = torch.zeros(3, device=self.device)  # losses, tokens, operations / 10^12
         breakdown = run_log.Breakdown(config.buckets, self.device)
@@ -406,7 +407,7 @@ class Run:
             self.engine.backward(losses.sum() * (self.config.packs_per_step / step.samples))
             self.engine.step()
             breakdown.add(losses, batch.timestep, batch.buckets)
-            counts = torch.tensor([len(batch.video) / schema.PATCH**2, self.tera_operations(batch)])
+            counts = torch.tensor([len(batch.data) / schema.PATCH**2, self.tera_operations(batch)])
             summed += torch.cat([losses.detach().sum()[None], counts.to(self.device)])
         if self.guard.took_step():
             self.average.update(self.state["step"])
@@ -439,7 +440,7 @@ class Run:
         own = one or run_log.measured_peak() / 1e12
         return float(ranks.all_reduced(torch.tensor([own], device=self.device)))
 
-    def tera_operations(self, batch: latent_reader.Batch) -> float:
+    def tera_operations(self, batch: Batch) -> float:
         """Counted 10^12 operations of a pack's forward and backward passes; nothing recomputed counts."""
         model: Any = self.engine.module.config
         samples = zip(batch.video_shapes, batch.text_lengths, strict=True)

@@ -37,8 +37,8 @@ def planned_samples(config: SampleConfig, data_url: str, seed: int) -> dict[str,
     return {row["sample_id"]: row for row in rows}
 
 
-def index_of(planned: dict[str, dict[str, Any]]) -> pa.Table:
-    """The index that their latents would have; every sample is a row group of its own."""
+def sample_table(planned: dict[str, dict[str, Any]]) -> pa.Table:
+    """The sample table that their latents would have; every sample is a locality of its own."""
     rows = [
         schema.empty_row(
             schema.INDEX_SCHEMA,
@@ -51,7 +51,7 @@ def index_of(planned: dict[str, dict[str, Any]]) -> pa.Table:
         )
         for number, row in enumerate(planned.values())
     ]
-    return pa.Table.from_pylist(rows, schema=schema.INDEX_SCHEMA)
+    return latent_reader.sample_table(pa.Table.from_pylist(rows, schema=schema.INDEX_SCHEMA))
 
 
 class OnlineReader:

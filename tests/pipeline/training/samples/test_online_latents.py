@@ -57,7 +57,7 @@ def reader_of(url: str, config: SampleConfig) -> online_latents.OnlineReader:
 def test_the_first_epoch_is_what_precompute_stores_and_later_ones_are_new(roots):
     stored_url, online_url, config = roots
     index = latent_reader.read_index(stored_url)
-    made = online_latents.index_of(online_latents.planned_samples(config, online_url, seed=0))
+    made = online_latents.sample_table(online_latents.planned_samples(config, online_url, seed=0))
     shared = ["sample_id", "clip_id", "split", "bucket", "video_tokens", "text_tokens"]
     assert sorted(made.select(shared).to_pylist(), key=str) == sorted(
         index.select(shared).to_pylist(), key=str
