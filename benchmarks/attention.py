@@ -10,7 +10,7 @@ vs_full             2 x (a layer of full attention) / (a regular + a shifted lay
 vs_masked_swin      the same windows by padding, cyclic shift and mask / ours, mean of regular and shifted
 vs_flex             the same windows by torch's compiled flex_attention with a block mask / ours, likewise
                     (compiling, a minute, is not counted)
-peak_share_forward  operations per second of the two layers / those of the matrix products timed beside them
+peak_share_forward  FLOP/s of the two layers / those of the matrix products timed beside them
 peak_share_train    the same, forward and backward
 table3              seconds by window size, beside the paper's table 3; and of a layer that repeats the text
                     for every window all the way (projections and MLP too), which is where the paper's 19x
@@ -48,7 +48,7 @@ from model.dit.swin_mmdit import (
 )
 from model.dit.windows import Grid, WindowSize, fixed_windows
 from model.flops import linear_per_token
-from model.flops import window_attention as window_attention_operations
+from model.flops import window_attention as window_attention_flops
 
 OUT = Path("out/bench/attention.json")
 LIBC, M_MMAP_THRESHOLD = ctypes.CDLL(None), -3
@@ -65,17 +65,17 @@ PAPER_TABLE3 = {
 """Seconds per iteration by temporal window and spatial window (latent pixels), on the authors' machines."""
 
 
-# --- operations ---
+# --- FLOPs ---
 
 
-def operations(lengths: list[int], text: int, text_copies: int = 1) -> float:
+def layer_flops(lengths: list[int], text: int, text_copies: int = 1) -> float:
     """Multiplications and additions of one layer's matrix products, forward.
 
     lengths: tokens per window; text_copies: how often the text goes through projections and MLP.
     """
     video, per_text_token = linear_per_token(SD3_MEDIUM, layer=0)
     linear = video * sum(lengths) + per_text_token * text * text_copies
-    return linear + sum(window_attention_operations(WIDTH, tuple(Counter(lengths).items()), text))
+    return linear + sum(window_attention_flops(WIDTH, tuple(Counter(lengths).items()), text))
 
 
 def window_lengths(grid: Grid, window: WindowSize, shifted: bool) -> list[int]:
@@ -85,10 +85,10 @@ def window_lengths(grid: Grid, window: WindowSize, shifted: bool) -> list[int]:
 
 
 def full_over_windowed(grid: Grid, text: int) -> float:
-    """`vs_full` by operations."""
+    """`vs_full` by FLOPs."""
     whole = [grid[0] * grid[1] * grid[2]]
-    pair = sum(operations(window_lengths(grid, WINDOW, shifted), text) for shifted in (False, True))
-    return 2 * operations(whole, text) / pair
+    pair = sum(layer_flops(window_lengths(grid, WINDOW, shifted), text) for shifted in (False, True))
+    return 2 * layer_flops(whole, text) / pair
 
 
 # --- layers ---
@@ -109,7 +109,7 @@ class Layer:
         self.x = torch.randn(grid[0] * grid[1] * grid[2], WIDTH)
         self.x_in_windows = self.x[self.layout.to_windows]
         self.c, self.conditioning = torch.randn(text, WIDTH), torch.randn(1, WIDTH)
-        self.operations = operations(list(self.layout.window_lengths), text)
+        self.flops = layer_flops(list(self.layout.window_lengths), text)
 
     def ours(self) -> tuple[Tensor, Tensor]:
         """Forward, in window order."""
@@ -292,7 +292,7 @@ def measure(call: Callable[[], Any], repeats: int = 1) -> tuple[float, float]:
 
 
 def product_rate(width: int, hidden: int) -> float:
-    """Operations per second of a layer's largest matrix products, its MLP's, fp32, now (some seconds)."""
+    """FLOP/s of a layer's largest matrix products, its MLP's, fp32, now (some seconds)."""
     rows = 4096
     pairs = [
         (torch.randn(rows, inner), torch.randn(columns, inner))
@@ -351,7 +351,7 @@ def vs_masked_swin() -> dict[str, Any]:
         ratios.append(theirs / ours)
         result["vs_masked_swin_layers"][name] = {
             "seconds": ours, "masked_seconds": theirs, "gib": ours_gib, "masked_gib": theirs_gib,
-            "ratio": theirs / ours, "ratio_counted": (padded + linear) / layer.operations,
+            "ratio": theirs / ours, "ratio_counted": (padded + linear) / layer.flops,
         }  # fmt: skip
         print(f"(b) {name}: {rounded(result['vs_masked_swin_layers'][name])}")
     return {"vs_masked_swin": sum(ratios) / 2, **result}
@@ -397,10 +397,10 @@ def peak_share() -> dict[str, Any]:
     for shifted in (False, True):
         layer = Layer(GRID, WINDOW, shifted)
         with torch.no_grad():
-            share, seen = share_of_product_rate(layer.ours, layer.operations, 3)
+            share, seen = share_of_product_rate(layer.ours, layer.flops, 3)
         forward.append(share)
         # backward is two products for each forward one
-        share, seen_training = share_of_product_rate(layer.train, 3 * layer.operations, 1)
+        share, seen_training = share_of_product_rate(layer.train, 3 * layer.flops, 1)
         train.append(share)
         rates += seen + seen_training
     result = {
@@ -424,10 +424,10 @@ def table3() -> dict[str, Any]:
                 ours, _ = measure(layer.ours, 2)
                 literal, _ = measure(layer.literal)
             counted = {
-                f"literal_counted_{text}": operations(lengths, text, len(lengths)) for text in (TEXT, 333)
+                f"literal_counted_{text}": layer_flops(lengths, text, len(lengths)) for text in (TEXT, 333)
             }
             row = {"t": frames, "window": side, "windows": len(lengths), "ours_seconds": ours}
-            row |= {"literal_seconds": literal, "ours_counted": operations(lengths, TEXT), **counted}
+            row |= {"literal_seconds": literal, "ours_counted": layer_flops(lengths, TEXT), **counted}
             rows.append(row | {"paper_seconds": PAPER_TABLE3[frames][side]})
     for row in rows:
         largest = next(r for r in rows if r["t"] == row["t"] and r["window"] == 64)

@@ -5,7 +5,7 @@
 
 Random weights: only shapes matter here. Prints tables and writes out/bench/released.json:
 
-forward_peak_share  operations per second of a forward of 4 layers (two with weights of their own for text
+forward_peak_share  FLOP/s of a forward of 4 layers (two with weights of their own for text
                     and video, two that share them, at the 3B's width, fp32) on 5 latent frames of 720p, over
                     those of the layer's largest matrix products timed just before and after it
 load                for a file of the 3B's full shapes in fp16, .safetensors and .pth: peak memory of a fresh
@@ -31,7 +31,7 @@ from benchmarks.attention import rounded, share_of_product_rate
 from model import checkpoints
 from model.dit.nadit import SEEDVR_3B, NaDiT, NaDiTConfig, swiglu_width
 from model.dit.windows import Grid
-from model.flops import forward_operations
+from model.flops import forward_flops
 
 OUT = Path("out/bench/released.json")
 LATENT: Grid = (5, 90, 160)
@@ -47,10 +47,8 @@ def forward() -> dict[str, Any]:
     model = NaDiT(SLICE).requires_grad_(False).eval()
     rows = LATENT[0] * LATENT[1] * LATENT[2]
     video, text = torch.randn(rows, SLICE.in_channels), torch.randn(TEXT, SLICE.text_dim)
-    operations = forward_operations(SLICE, LATENT, TEXT)
-    counted = (
-        operations.total - operations.conditioning
-    )  # the tokens' products; what is per sample is next to nothing
+    flops = forward_flops(SLICE, LATENT, TEXT)
+    counted = flops.total - flops.conditioning  # the tokens' products; what is per sample is next to nothing
 
     def call() -> Tensor:
         return model(video, text, [LATENT], [TEXT], torch.tensor([500.0]))

@@ -25,9 +25,10 @@ import pyarrow as pa
 
 from benchmarks.memory import status_bytes
 from model.text import TINY_ENCODERS
-from pipeline.data import cropping, ingest, precompute, text_embeddings
+from pipeline.data import cropping, ingest, precompute
 from pipeline.data import filter as filter_stage
 from pipeline.data.filter import FilterConfig, Threshold
+from pipeline.data.kept_clips import KeptClips
 from pipeline.runtime import stage, work_plan
 from pipeline.store import hashing, schema, storage
 
@@ -115,7 +116,7 @@ def work(phase: str, root: Path) -> int:
     config = precompute.PrecomputeConfig(
         data=str(root), vae=f"{root}/vae", text=TINY_ENCODERS, buckets=BUCKETS
     )
-    rows = precompute.plan_rows(config, text_embeddings.KeptClips(config.data))
+    rows = precompute.plan_rows(config, KeptClips(config.data), config.data)
     return work_plan.plan(f"file://{root}/planning", rows, "sample_id", _FINGERPRINT, 64).rows
 
 

@@ -4,7 +4,7 @@
 
 Mean of a regular and a shifted layer at the paper's width, fp32 on the CPU, 6 latent frames, 154 text tokens.
 Full attention would cost 8 times as much per token at the end as at the start; window attention should be
-flat. Prints a table, writes out/bench/tokens.json and a plot beside the counted operations, tokens.png.
+flat. Prints a table, writes out/bench/tokens.json and a plot beside the counted FLOPs, tokens.png.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib
 import torch
 
-from benchmarks.attention import TEXT, WINDOW, Layer, measure, operations, rounded, window_lengths
+from benchmarks.attention import TEXT, WINDOW, Layer, layer_flops, measure, rounded, window_lengths
 from model.dit.windows import Grid
 
 OUT = Path("out/bench")
@@ -38,17 +38,17 @@ def measure_all(rounds: int) -> dict[tuple[Grid, bool], tuple[float, float]]:
 
 
 def per_token(grid: Grid, best: dict[tuple[Grid, bool], tuple[float, float]]) -> dict[str, Any]:
-    """Milliseconds, KiB and operations per token, mean of both layers."""
+    """Milliseconds, KiB and FLOPs per token, mean of both layers."""
     seconds, gib = (sum(best[grid, shifted][i] for shifted in (False, True)) for i in (0, 1))
     tokens = grid[0] * grid[1] * grid[2]
-    counted = sum(operations(window_lengths(grid, WINDOW, shifted), TEXT) for shifted in (False, True))
+    counted = sum(layer_flops(window_lengths(grid, WINDOW, shifted), TEXT) for shifted in (False, True))
     return {
         "grid": grid,
         "tokens": tokens,
         "ms_per_token": 500 * seconds / tokens,
         "kib_per_token": gib / 2 / tokens * 2**20,
         "mflop_per_token": counted / 2 / tokens / 1e6,
-        "full_mflop_per_token": operations([tokens], TEXT) / tokens / 1e6,
+        "full_mflop_per_token": layer_flops([tokens], TEXT) / tokens / 1e6,
     }
 
 
@@ -67,8 +67,8 @@ def plot(rows: list[dict[str, Any]]) -> None:
     labels = {
         "ms_per_token": "time",
         "kib_per_token": "memory",
-        "mflop_per_token": "operations (counted)",
-        "full_mflop_per_token": "operations of full attention (counted)",
+        "mflop_per_token": "FLOPs (counted)",
+        "full_mflop_per_token": "FLOPs of full attention (counted)",
     }
     for key, label in labels.items():
         axes.plot(
@@ -91,7 +91,7 @@ def main() -> None:
         "rows": rows,
         "time_spread": spread(rows, "ms_per_token"),
         "memory_spread": spread(rows, "kib_per_token"),
-        "operations_spread": spread(rows, "mflop_per_token"),
+        "flops_spread": spread(rows, "mflop_per_token"),
     }
     print({key: f"{value:.1%}" for key, value in result.items() if isinstance(value, float)})
     OUT.mkdir(parents=True, exist_ok=True)

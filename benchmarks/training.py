@@ -15,7 +15,7 @@ fp32 on the CPU. Prints each part, writes out/bench/training.json:
     reader_vs_torch         samples/s of our reader over a DataLoader's (training_readers.py): the least ratio
                             of cold, warm and S3
     reader_vs_webdataset    over WebDataset's, likewise; null where it is not installed, and a line says so
-    peak_share_step         counted operations of a whole step (forward, backward, clipping, AdamW, moving
+    peak_share_step         counted FLOPs of a whole step (forward, backward, clipping, AdamW, moving
                             average) at the paper's width over those of matrix products timed beside it
 """
 
@@ -44,6 +44,7 @@ from pipeline.data.cropping import Bucket
 from pipeline.store import bf16_columns, storage
 from pipeline.training.runs import train_dit, trainer
 from pipeline.training.samples import latent_reader
+from pipeline.training.samples.batch import Batch
 from pipeline.weights import weights_folder
 
 OUT = Path("out/bench/training.json")
@@ -66,10 +67,10 @@ class Learner:
         self.model = SwinMMDiT(config)
         self.adam = torch.optim.AdamW(self.model.parameters(), 1e-4)
 
-    def forward(self, batch: latent_reader.Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         return train_dit.forward(self.model, batch)
 
-    def step(self, batch: latent_reader.Batch) -> None:
+    def step(self, batch: Batch) -> None:
         self.adam.zero_grad()
         batch.sample_losses(self.forward(batch)).mean().backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -110,23 +111,24 @@ class Sources:
     def encoded(self, number: int, pixels: dict[str, Any]) -> dict[str, Any]:
         return precompute.encode_pair(self.vae, pixels["hq"], pixels["lq"], self.planned[number]["seed"])
 
-    def batch(self, columns: dict[str, Any], embedding: text.TextEmbedding) -> latent_reader.Batch:
+    def batch(self, columns: dict[str, Any], embedding: text.TextEmbedding) -> Batch:
         hq, lq = (bf16_columns.from_columns(columns, f"{which}_latent") for which in ("hq", "lq"))
         return self.batch_of(hq, lq, embedding)
 
-    def batch_of(self, hq: Tensor, lq: Tensor, embedding: text.TextEmbedding) -> latent_reader.Batch:
-        """A training sample of its own, as batches.training_sample makes it."""
+    def batch_of(self, hq: Tensor, lq: Tensor, embedding: text.TextEmbedding) -> Batch:
+        """A training sample of its own, as `training_sample` makes it."""
         shape = (hq.shape[0], hq.shape[1], hq.shape[2])
-        flowed = flow.training_batch(hq.flatten(0, 2), lq.flatten(0, 2), [shape], torch.Generator())
+        draws = flow.draw_training(lq.flatten(0, 2), [shape], torch.Generator())
         tokens, pooled = text.join(embedding, self.null, False, False, False)
-        return latent_reader.Batch(
-            flowed.video,
-            flowed.target,
+        return Batch(
+            hq.flatten(0, 2),
+            draws.noise,
+            draws.condition,
             tokens,
             pooled[None],
             [shape],
             [len(tokens)],
-            flowed.time,
+            draws.time,
             ["a"],
             ["b"],
         )
@@ -156,11 +158,11 @@ def online_of(sources: Sources, learner: Learner) -> dict[str, Any]:
             latent_reader.read_index(f"file://{folder}").to_pylist(), key=lambda row: row["sample_id"]
         )
 
-        def read(number: int) -> latent_reader.Batch:
+        def read(number: int) -> Batch:
             latents = reader.latents(index[number], 0)
             return sources.batch_of(*latents, reader.text(index[number]["clip_id"]))
 
-        def online(number: int) -> latent_reader.Batch:
+        def online(number: int) -> Batch:
             embedding = sources.encoders.encode([captions[number]])[0]
             return sources.batch(sources.encoded(number, sources.pixels(number)), embedding)
 
@@ -262,9 +264,10 @@ def peak(short: bool) -> dict[str, Any]:
     average = [parameter.detach().clone() for parameter in learner.model.parameters()]
     shapes = [(1, 32, 32)] if short else [(3, 64, 64), (1, 64, 64), (1, 64, 64)]
     rows = sum(t * h * w for t, h, w in shapes)
-    batch = latent_reader.Batch(
-        video=torch.randn(rows, config.in_channels),
-        target=torch.randn(rows, config.out_channels),
+    batch = Batch(
+        data=torch.randn(rows, config.out_channels),
+        noise=torch.randn(rows, config.out_channels),
+        condition=torch.randn(rows, config.out_channels),
         text=torch.randn(154 * len(shapes), config.text_dim),
         pooled=torch.randn(len(shapes), config.pooled_dim),
         video_shapes=shapes,
@@ -280,10 +283,10 @@ def peak(short: bool) -> dict[str, Any]:
             for kept, parameter in zip(average, learner.model.parameters(), strict=True):
                 kept.lerp_(parameter, 1e-4)
 
-    counted = sum(flops.forward_operations(config, shape, 154).total for shape in shapes)
+    counted = sum(flops.forward_flops(config, shape, 154).total for shape in shapes)
     step()
-    training_operations = flops.TRAINING_OVER_FORWARD * counted
-    share, rates = share_of_product_rate(step, training_operations, 1 if short else 3)
+    training_flops = flops.TRAINING_OVER_FORWARD * counted
+    share, rates = share_of_product_rate(step, training_flops, 1 if short else 3)
     return {"peak_share_step": share, "product_gflops": [min(rates) / 1e9, max(rates) / 1e9]}
 
 

@@ -24,7 +24,7 @@ from benchmarks.data import timed
 from model import flops
 from model.dit.swin_mmdit import SD3_MEDIUM, SwinMMDiT
 from pipeline.store import schema
-from pipeline.training.samples import pack_balance, sample_order
+from pipeline.training.samples import latent_reader, pack_balance, sample_order
 
 Shape = tuple[int, int, int]
 Pack = list[Shape]
@@ -65,7 +65,7 @@ def mix() -> tuple[dict[str, Any], pa.Table]:
                 text_tokens=config["text_tokens"] // SHRUNK**2,
             )
         )
-    return config, pa.Table.from_pylist(rows, schema=schema.INDEX_SCHEMA)
+    return config, latent_reader.sample_table(pa.Table.from_pylist(rows, schema=schema.INDEX_SCHEMA))
 
 
 def tokens_of(shape: Shape) -> int:
@@ -138,7 +138,7 @@ def by_slowest(seconds: list[float], workers: int) -> float:
 
 
 def counted(pack: Pack, text_tokens: int) -> int:
-    return sum(flops.forward_operations(MODEL, shape, text_tokens).total for shape in pack)
+    return sum(flops.forward_flops(MODEL, shape, text_tokens).total for shape in pack)
 
 
 def run(short: bool, rounds: int = 3) -> dict[str, Any]:

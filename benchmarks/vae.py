@@ -6,13 +6,13 @@
 fp32 on the CPU, random weights. Prints tables and writes out/bench/vae.json:
 
 speed      frames per second of encode and decode at two widths; `encode_peak_share`, `decode_peak_share`: the
-           operations of the full-size model's convolutions per second of the whole pass, over those of
+           FLOPs of the full-size model's convolutions per second of the whole pass, over those of
            matrix products timed just before and after it; and where the time goes, by a profile
 layers     the same share for each convolution by itself, against a product of its channels and taps beside it
 memory     peak above the loaded, warmed-up model, of one pass and of streams by length, frames going in and
            out one by one; `memory_growth_33_to_257` is the larger of encode's and decode's
 cogvideox  against diffusers' AutoencoderKLCogVideoX at its published size on the same clip.
-           `vs_cogvideox_encode`, `_decode`: operations per second of ours over theirs (above 1: ours wastes
+           `vs_cogvideox_encode`, `_decode`: FLOP/s of ours over theirs (above 1: ours wastes
            less); `..._absolute`: their seconds over ours; `..._per_parameter`: that, with the seconds of
            each divided by its number of parameters
 """
@@ -88,13 +88,13 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 def product_rate() -> float:
-    """Operations per second of large fp32 matrix products, now (under a second)."""
+    """FLOP/s of large fp32 matrix products, now (under a second)."""
     a, b = torch.randn(2048, 4096), torch.randn(4096, 4096)
     F.linear(a, b)
     return 2 * 2048 * 4096**2 / min(seconds_of(lambda: F.linear(a, b)) for _ in range(3))
 
 
-def operations_of(network: nn.Module, call: Callable[[], Any]) -> float:
+def flops_of(network: nn.Module, call: Callable[[], Any]) -> float:
     """Multiplications and additions of the convolutions and linear layers that a call runs."""
     counted = [0.0]
 
@@ -150,11 +150,11 @@ def speed() -> dict[str, Any]:
             "decode": lambda vae=vae, mean=mean: vae.decode_unscaled(mean),  # type: ignore[misc]
         }
         for direction, call in passes.items():
-            counted = operations_of(vae, call)
+            counted = flops_of(vae, call)
             seconds, share = compare_with_products(call, counted, 3)
             row[direction] = {
                 "frames_per_second": FRAMES / seconds,
-                "tera_operations": counted / 1e12,
+                "tflop": counted / 1e12,
                 "peak_share": share,
                 "time": time_by_kind(call),
             }
@@ -185,7 +185,7 @@ def layers() -> dict[str, Any]:
         hook.remove()
     rows = []
     for layer, x, count in shapes.values():
-        counted = operations_of(layer, lambda layer=layer, x=x: layer(x))  # type: ignore[misc]
+        counted = flops_of(layer, lambda layer=layer, x=x: layer(x))  # type: ignore[misc]
         inner = layer.weight[0].numel()
         a, b = torch.randn(PRODUCT_ROWS, inner), torch.randn(layer.out_channels, inner)
         product = 2 * PRODUCT_ROWS * inner * layer.out_channels
@@ -196,7 +196,7 @@ def layers() -> dict[str, Any]:
                 "layer": f"{layer.in_channels}->{layer.out_channels} {'x'.join(map(str, layer.kernel_size))}",
                 "input": list(x.shape[2:]),
                 "count": count,
-                "giga_operations": counted / 1e9,
+                "gflop": counted / 1e9,
                 "giga_per_second": max(rate for rate, _ in rates) / 1e9,
                 "share_of_product": statistics.median(rate / peak for rate, peak in rates),
             }
@@ -302,7 +302,7 @@ def cogvideox() -> dict[str, Any]:
         "cogvideox": {"parameters_m": [p / 1e6 for p in parameters], "frames": COGVIDEOX_FRAMES, "side": side}
     }
     for direction, (our_call, their_call) in calls.items():
-        counted = operations_of(ours, our_call), operations_of(theirs, their_call)
+        counted = flops_of(ours, our_call), flops_of(theirs, their_call)
         times = [(seconds_of(our_call), seconds_of(their_call)) for _ in range(3)]
         absolute = statistics.median(their / our for our, their in times)
         result[f"vs_cogvideox_{direction}"] = absolute * counted[0] / counted[1]
@@ -310,7 +310,7 @@ def cogvideox() -> dict[str, Any]:
         result[f"vs_cogvideox_{direction}_per_parameter"] = absolute * parameters[0] / parameters[1]
         result["cogvideox"][direction] = {
             "seconds": [min(our for our, _ in times), min(their for _, their in times)],
-            "tera_operations": [count / 1e12 for count in counted],
+            "tflop": [count / 1e12 for count in counted],
         }
     print(f"ours, CogVideoX: {result['cogvideox']}")
     print(rounded({key: value for key, value in result.items() if key.startswith("vs_")}))

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import preprocess
-from pipeline.data import precompute, text_embeddings
+from pipeline.data import precompute
+from pipeline.data.kept_clips import KeptClips
 from pipeline.runtime.job_config import parse
 from pipeline.store import schema, storage
 from pipeline.training.runs import trainer
@@ -119,11 +120,11 @@ def training_pairs(data: str, count: int, workers: int) -> list[tuple[np.ndarray
     """(HQ, LQ), each uint8 (T, H, W, 3), of so many planned training samples of video, drawn at random."""
     arguments = ["--config", str(CONFIG), f"--data={data}", f"--vae={data}"]
     config = parse(precompute.PrecomputeConfig, "", arguments)
-    kept = text_embeddings.KeptClips(config.data)
+    kept = KeptClips(config.data)
     kept.read_text_tokens(storage.join(config.data, schema.TEXT))
     rows = [
         row
-        for row in precompute.plan_rows(config, kept)
+        for row in precompute.plan_rows(config, kept, config.data, config.variants, config.seed)
         if row["split"] == "train" and row["bucket"] == BUCKET
     ]
     random.Random(config.seed).shuffle(rows)

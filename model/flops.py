@@ -1,4 +1,4 @@
-"""Operations of a forward pass, counted from the shapes: multiplications and additions of matrix products.
+"""FLOPs of a forward pass, counted from the shapes: multiplications and additions of matrix products.
 
 What a sample costs does not depend on what it is packed with, so all counts are per sample and add up. They
 are those of `torch.utils.flop_counter` (a multiply-add is two); element-wise work is not counted. A training
@@ -24,7 +24,7 @@ activations do not count as work."""
 
 
 @dataclass(frozen=True)
-class Operations:
+class ForwardFlops:
     """A forward pass of one sample by part, exact."""
 
     video_linear: int
@@ -52,7 +52,7 @@ class Operations:
 
 
 @lru_cache(maxsize=2**16)
-def forward_operations(config: Config, shape: Grid, text_length: int) -> Operations:
+def forward_flops(config: Config, shape: Grid, text_length: int) -> ForwardFlops:
     """Of one sample: shape (T, H, W) in latent pixels, H and W even; text_length in tokens.
 
     Cached; the windows are counted once per shape. ValueError where a side is no multiple of the patch.
@@ -66,7 +66,7 @@ def forward_operations(config: Config, shape: Grid, text_length: int) -> Operati
     text_attention = [text for _, text in attention]
     if isinstance(config, SwinMMDiTConfig):
         text_attention[-1] = 0  # nothing reads the last layer's text
-    return Operations(
+    return ForwardFlops(
         video_linear=tokens * (2 * patch_channels * config.width + sum(video for video, _ in per_token)),
         text_linear=text_length * (2 * config.text_dim * config.width + sum(text for _, text in per_token)),
         conditioning=_conditioning(config),

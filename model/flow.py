@@ -109,13 +109,13 @@ def network_input(noisy: Tensor, condition: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TrainingBatch:
-    """What one training step feeds the network and what it should answer."""
+class TrainingDraws:
+    """What is drawn for one training step; with the data it gives the network's input and its target."""
 
-    video: Tensor
-    """(rows, 33) network input."""
-    target: Tensor
-    """(rows, 16) velocity."""
+    noise: Tensor
+    """(rows, 16) the noise end of the path."""
+    condition: Tensor
+    """(rows, 16) the LQ latent with its own noise."""
     time: Tensor
     """(B,) in 0..1000."""
     condition_time: Tensor
@@ -134,21 +134,18 @@ def training_condition_times(shapes: Sequence[Grid], generator: torch.Generator)
     return shift_time(TRAINING_CONDITION_LEVEL * uniform, _shift_factors(shapes, generator.device))
 
 
-def training_batch(
-    hq: Tensor, lq: Tensor, shapes: Sequence[Grid], generator: torch.Generator
-) -> TrainingBatch:
+def draw_training(lq: Tensor, shapes: Sequence[Grid], generator: torch.Generator) -> TrainingDraws:
     """Draws times and noises for packed latents.
 
-    hq, lq: (rows, 16), scaled, any float dtype, on the generator's device; shapes: latent (T, H, W) each.
+    lq: (rows, 16), scaled, any float dtype, on the generator's device; shapes: latent (T, H, W) each.
     All is computed and returned in fp32.
     """
     rows = [t * h * w for t, h, w in shapes]
     time = training_times(shapes, generator)
     level = training_condition_times(shapes, generator)
-    noise, lq_noise = (torch.randn(hq.shape, generator=generator, device=hq.device) for _ in range(2))
-    noisy = interpolate(hq.float(), noise, spread(time, rows))
+    noise, lq_noise = (torch.randn(lq.shape, generator=generator, device=lq.device) for _ in range(2))
     condition = interpolate(lq.float(), lq_noise, spread(level, rows))
-    return TrainingBatch(network_input(noisy, condition), velocity(hq.float(), noise), time, level)
+    return TrainingDraws(noise, condition, time, level)
 
 
 # --- sampling ---

@@ -20,6 +20,7 @@ import torch
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, draw, to_json
 from model.vae.autoencoder import CausalVideoAutoencoder, posterior_noise
 from pipeline.data import cropping, precompute_cost, text_embeddings
+from pipeline.data.kept_clips import KeptClips
 from pipeline.runtime import prometheus, stage, work_plan
 from pipeline.store import bf16_columns, hashing, schema, source_cache, storage
 from pipeline.video import decoding, pixel_range
@@ -44,12 +45,10 @@ _MEDIA_FIELDS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class PrecomputeConfig:
-    """What `jobs.precompute` reads."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """What samples are made of clips, and with which models: the same beforehand and while training."""
 
-    data: str
-    """absolute URL of the data root that holds clips/ and selection/; text/ and latents/ are written there"""
     vae: str
     """URL of a folder of trained autoencoder weights, or of the released autoencoder's file"""
     buckets: list[cropping.Bucket]
@@ -60,14 +59,29 @@ class PrecomputeConfig:
     """one prompt for all clips, to fine-tune a released backbone: no text encoder is needed"""
     native: cropping.Native | None = None
     """also samples of each clip's own size (null: none)"""
-    variants: int = 1
-    """random crops and degradations of each clip in each bucket"""
-    seed: int = 0
-    """of crops, degradations and posterior samples"""
     video_recipe: RecipeConfig = REALBASICVSR
     """degradations of videos"""
     image_recipe: RecipeConfig = REALESRGAN
     """degradations of images"""
+    decode_seconds: float = 120.0
+    """seconds after which the decoding of a sample counts as failed"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vae", storage.check_url(self.vae, "vae"))
+        if (self.text is None) == (self.fixed_text is None):
+            raise ValueError("text, fixed_text: give exactly one of them")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrecomputeConfig(SampleConfig):
+    """What `jobs.precompute` reads: the samples, and where and how they are made."""
+
+    data: str
+    """absolute URL of the data root that holds clips/ and selection/; text/ and latents/ are written there"""
+    variants: int = 1
+    """random crops and degradations of each clip in each bucket"""
+    seed: int = 0
+    """of crops, degradations and posterior samples"""
     samples_per_shard: int = 64
     """samples in one output file: what a kill can lose"""
     encode_actors: int = 1
@@ -78,8 +92,6 @@ class PrecomputeConfig:
     """GPUs reserved for each of them"""
     samples_in_flight: int = 4
     """decoded samples waiting for each encoder (bounds the object store: 74 MB each at 21x768x768)"""
-    decode_seconds: float = 120.0
-    """a sample that takes longer to decode becomes an error row"""
     dry_run: bool = False
     """make nothing: print the rows, bytes and hours to expect, from a measured sample of each bucket"""
     dry_run_samples: int = 4
@@ -88,16 +100,14 @@ class PrecomputeConfig:
     """set to true if `data` is file:// on a folder that every node mounts"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "data", storage.check_url(self.data, "data"))
-        object.__setattr__(self, "vae", storage.check_url(self.vae, "vae"))
-        if (self.text is None) == (self.fixed_text is None):
-            raise ValueError("text, fixed_text: give exactly one of them")
         for key in ("variants", "samples_per_shard", "encode_actors", "samples_in_flight", "dry_run_samples"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}: {getattr(self, key)}; it must be at least 1")
 
 
-def degrade(frames: np.ndarray, clip: dict[str, Any], config: PrecomputeConfig, seed: int) -> dict[str, Any]:
+def degrade(frames: np.ndarray, clip: dict[str, Any], config: SampleConfig, seed: int) -> dict[str, Any]:
     """HQ (the frames, sharpened if the recipe says so) and LQ, uint8 (T, H, W, 3), and what made it."""
     recipe = config.image_recipe if clip["media"] == "image" else config.video_recipe
     shape = (frames.shape[0], frames.shape[1], frames.shape[2])
@@ -116,7 +126,7 @@ def read_crop(
     return np.ascontiguousarray(frames[:, top : top + height, left : left + width])
 
 
-def prepare_sample(planned: dict[str, Any], config: PrecomputeConfig) -> dict[str, Any]:
+def prepare_sample(planned: dict[str, Any], config: SampleConfig) -> dict[str, Any]:
     """Decode, crop and degrade one planned sample: {hq, lq, degradation} or {error}, and its CPU seconds."""
     start = time.monotonic()
     clip, (first, top, left) = planned["clip"], planned["crop"]
@@ -209,13 +219,13 @@ class EncodeShard:
         return {**row, **latents, "degradation": pixels["degradation"]}
 
 
-def plan_rows(config: PrecomputeConfig, kept: text_embeddings.KeptClips) -> Iterator[dict[str, Any]]:
+def plan_rows(
+    config: SampleConfig, kept: KeptClips, data_url: str, variants: int = 1, seed: int = 0
+) -> Iterator[dict[str, Any]]:
     """The sample rows of every kept clip, both splits, one after the other."""
-    for clip, split, text_tokens in kept.rows(config.data, list(_MEDIA_FIELDS)):
+    for clip, split, text_tokens in kept.rows(data_url, list(_MEDIA_FIELDS)):
         extra = {"split": split, "text_tokens": text_tokens, "clip": clip}
-        for sample in cropping.plan_samples(
-            clip, config.buckets, config.native, config.variants, config.seed
-        ):
+        for sample in cropping.plan_samples(clip, config.buckets, config.native, variants, seed):
             yield {**sample, **extra}
 
 
@@ -268,13 +278,15 @@ def latents_fingerprint(config: PrecomputeConfig) -> str:
     )
 
 
-def write_texts(config: PrecomputeConfig, kept: text_embeddings.KeptClips) -> None:
-    """Fill text/, and `kept` with the text tokens of its clips."""
+def write_texts(
+    config: SampleConfig, kept: KeptClips, data_url: str, cpus: float = 1.0, gpus: float = 0.0
+) -> None:
+    """Fill text/, and `kept` with the text tokens of its clips. cpus, gpus: reserved for each encoder."""
     if config.fixed_text is not None:
-        text_embeddings.fix_kept_clips(config.data, kept, config.fixed_text)
+        text_embeddings.fix_kept_clips(data_url, kept, config.fixed_text)
         return
-    assert config.text is not None  # PrecomputeConfig has checked
-    text_embeddings.embed_kept_clips(config.data, kept, config.text, config.encode_cpus, config.encode_gpus)
+    assert config.text is not None  # SampleConfig has checked
+    text_embeddings.embed_kept_clips(data_url, kept, config.text, cpus, gpus)
 
 
 class _Counted:
@@ -295,18 +307,16 @@ class _Counted:
             yield row
 
 
-def _make(
-    config: PrecomputeConfig, kept: text_embeddings.KeptClips, folder: str, summary: stage.Summary
-) -> None:
+def _make(config: PrecomputeConfig, kept: KeptClips, folder: str, summary: stage.Summary) -> None:
     """Text first (it is small), then latents, then what is missing of their index."""
     start = time.monotonic()
-    write_texts(config, kept)
+    write_texts(config, kept, config.data, config.encode_cpus, config.encode_gpus)
     text_s = time.monotonic() - start
     fingerprint = latents_fingerprint(config)
     counted = _Counted()
     planned = work_plan.plan(
         folder,
-        counted.watch(plan_rows(config, kept)),
+        counted.watch(plan_rows(config, kept, config.data, config.variants, config.seed)),
         "sample_id",
         fingerprint,
         config.samples_per_shard,
@@ -345,7 +355,7 @@ def _make(
 def run(config: PrecomputeConfig) -> stage.Summary:
     """text/, latents/ and latents/_index/ of every kept clip; or, in a dry run, what they would cost."""
     folder = storage.join(config.data, schema.LATENTS)
-    kept = text_embeddings.KeptClips(config.data)
+    kept = KeptClips(config.data)
     fingerprint = latents_fingerprint(config)
     work_plan.check_fingerprint(folder, fingerprint)
 
@@ -360,7 +370,8 @@ def run(config: PrecomputeConfig) -> stage.Summary:
         def measure(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
             return ray.get(encoder.measure.remote(samples))
 
-        found = precompute_cost.estimate(plan_rows(config, kept), config.dry_run_samples, measure)
+        rows = plan_rows(config, kept, config.data, config.variants, config.seed)
+        found = precompute_cost.estimate(rows, config.dry_run_samples, measure)
         summary.rows_in = sum(bucket.samples for bucket in found)
         summary.details = precompute_cost.details(
             found, config.encode_actors, config.encode_gpus, stage.cores()

@@ -9,20 +9,17 @@ import base64
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from model import text
 from model.text import TextEmbedding, TextEncoderConfig, TextEncoders
+from pipeline.data.kept_clips import KeptClips
 from pipeline.runtime import prometheus, stage, work_plan
 from pipeline.store import bf16_columns, hashing, schema, storage
-from pipeline.store.id_index import ID_BYTES, Lookup, id_array
 from pipeline.weights import backbones, weights_folder
 
 TextConfig = TextEncoderConfig
@@ -125,11 +122,6 @@ def _read_fixed(name: str, url: str, sha256: str) -> Tensor:
     return backbones.read_prompt(url).text
 
 
-def token_count(row: dict[str, Any]) -> int:
-    """Text tokens of a row: both CLIPs share theirs (joined by channel), T5's follow."""
-    return max(row["clip_l_shape"][0], row["clip_g_shape"][0]) + row["t5_shape"][0]
-
-
 class EncodeText:
     """The text actor: loads the encoders once; one call makes one shard's file."""
 
@@ -161,49 +153,6 @@ def write_fixed(row: dict[str, Any], folder: str, table: pa.Schema) -> dict[str,
         return [schema.empty_row(schema.TEXT_SCHEMA, clip_id=clip["clip_id"]) for clip in planned]
 
     return work_plan.make_shard(folder, row["shard"], table, rows)
-
-
-class KeptClips:
-    """The clips that selection/ keeps, by id: their split, and the text tokens of those that have text."""
-
-    def __init__(self, data_url: str) -> None:
-        """ValueError if there is no selection, or it keeps nothing."""
-        ids, held_out = [np.zeros(0, f"S{ID_BYTES}")], [np.zeros(0, bool)]
-        files = storage.parquet_files(storage.join(data_url, schema.SELECTION))
-        if not files or not storage.parquet_files(storage.join(data_url, schema.CLIPS)):
-            raise ValueError(f"data: {data_url} has no clips/ or no selection/; run ingest and filter first")
-        for file in files:
-            table = storage.read_table(file, ["clip_id", "keep", "split"])
-            table = table.filter(table["keep"])
-            ids.append(id_array(table["clip_id"].to_pylist()))
-            held_out.append(pc.equal(table["split"], "held_out").to_numpy())
-        joined = np.concatenate(ids)
-        if not len(joined):
-            raise ValueError(f"data: {data_url}/selection keeps no clip; loosen the filter's thresholds")
-        self._lookup, self._held_out = Lookup(joined), np.concatenate(held_out)
-        self._text_tokens = np.zeros(len(joined), np.int32)
-
-    def rows(self, data_url: str, columns: list[str]) -> Iterator[tuple[dict[str, Any], str, int]]:
-        """(row of clips/, split, text tokens) of every kept clip, file by file."""
-        for table in storage.iterate_folder(storage.join(data_url, schema.CLIPS), columns):
-            places = self._lookup.find(id_array(table["clip_id"].to_pylist()))
-            kept = np.flatnonzero(places >= 0)
-            for row, place in zip(table.take(kept).to_pylist(), places[kept], strict=True):
-                split = "held_out" if self._held_out[place] else "train"
-                yield row, split, int(self._text_tokens[place])
-
-    def read_text_tokens(self, text_url: str) -> None:
-        """Fill in each clip's tokens from text/."""
-        for table in storage.iterate_folder(
-            text_url, ["clip_id", "clip_l_shape", "clip_g_shape", "t5_shape"]
-        ):
-            places = self._lookup.find(id_array(table["clip_id"].to_pylist()))
-            tokens = np.array([token_count(row) for row in table.to_pylist()], np.int32)
-            self._text_tokens[places[places >= 0]] = tokens[places >= 0]
-
-    def same_text(self, tokens: int) -> None:
-        """Every clip has the same text of so many tokens."""
-        self._text_tokens[:] = tokens
 
 
 def embed_kept_clips(data_url: str, kept: KeptClips, config: TextConfig, cpus: float, gpus: float) -> None:

@@ -21,8 +21,9 @@ import ray
 
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, draw, to_json
 from pipeline.data.discovery import IMAGE_ENDINGS, VIDEO_ENDINGS
+from pipeline.data.kept_clips import kept_clips
 from pipeline.runtime import stage
-from pipeline.store import hashing, schema, source_cache, storage
+from pipeline.store import hashing, source_cache, storage
 from pipeline.video import decoding, encoding
 from pipeline.video.sandbox import shared as shared_sandbox
 
@@ -89,16 +90,7 @@ def clip_rows(config: PairsConfig) -> list[dict[str, Any]]:
         ]
     else:
         assert config.data is not None
-        clips = storage.read_folder(storage.join(config.data, schema.CLIPS))
-        selection = storage.read_folder(storage.join(config.data, schema.SELECTION))
-        if clips is None or selection is None:
-            raise ValueError(
-                f"data: {config.data} has no clips/ or no selection/; run ingest and filter first"
-            )
-        kept = {
-            row["clip_id"] for row in selection.to_pylist() if row["keep"] and row["split"] == config.split
-        }
-        rows = [row for row in clips.to_pylist() if row["clip_id"] in kept]
+        rows = kept_clips(config.data, config.split)
     named = [{**row, "name": f"{_stem(row['uri'])}_{row['clip_id'][:8]}"} for row in rows]
     return spread_over_sources(named, config.max_clips)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from model import flow, preprocess
+from model.denoise import Schedule, denoise
 from model.vae.autoencoder import CausalVideoAutoencoder
 from model.vae.causal_conv import StreamMemory, channels_last
 from pipeline.restoration import memory_plan
@@ -32,13 +33,7 @@ from pipeline.restoration.memory_plan import MemoryPlan, Models
 from pipeline.store.schema import TEMPORAL_FACTOR
 from pipeline.video import pixel_range
 from pipeline.weights import weights_folder
-from pipeline.weights.backbones import (
-    Backbone,
-    ModelConfig,
-    Prompt,
-    Schedule,
-    load_backbone,
-)
+from pipeline.weights.backbones import Backbone, ModelConfig, load_backbone
 from pipeline.weights.frame_noise import frame_noise
 
 STEPS_OF_WORK = ("read", "encode", "transformer", "decode", "pixels", "write")
@@ -125,8 +120,8 @@ class Restorer:
         self.vae = vae.to(self.device, self.dtype).eval()
         self.dit = backbone.network.to(self.device, self.dtype).eval()
         self.shape_quirk = backbone.shape_quirk
-        self.prompt = self._placed(backbone.prompt)
-        self.negative = self._placed(backbone.negative or backbone.prompt)
+        self.prompt = backbone.prompt.to(self.device, self.dtype)
+        self.negative = backbone.negative and backbone.negative.to(self.device, self.dtype)
         self.plan: MemoryPlan | None = None
         """Set it to restore within a memory; None: as `sampling` says, on whole frames."""
         self.seconds = dict.fromkeys(STEPS_OF_WORK, 0.0)
@@ -178,31 +173,21 @@ class Restorer:
     @torch.inference_mode()
     def denoise(self, chunk: Chunk) -> Chunk:
         """The restored latent of a chunk of low-quality latent, fp32 (t, H', W', 16)."""
-        shape = (chunk.latent.shape[0], chunk.latent.shape[1], chunk.latent.shape[2])
         noise, condition_noise = (
-            frame_noise(self.sampling.seed, purpose, chunk.start, tuple(chunk.latent.shape))
-            .flatten(0, 2)
-            .to(self.device)
+            frame_noise(self.sampling.seed, purpose, chunk.start, tuple(chunk.latent.shape)).to(self.device)
             for purpose in ("initial", "condition")
         )
-        level = flow.condition_time(self.schedule.condition_noise, shape, self.shape_quirk)
-        low_quality = chunk.latent.flatten(0, 2)
-        condition = flow.interpolate(low_quality, condition_noise, torch.tensor(level, device=self.device))
-
-        def velocity_for(prompt: Prompt) -> flow.Velocity:
-            pooled = None if prompt.pooled is None else prompt.pooled[None]
-
-            def velocity(x: Tensor, moment: Tensor) -> Tensor:
-                video = flow.network_input(x, condition).to(self.dtype)
-                return self.dit(video, prompt.text, [shape], [len(prompt.text)], moment[None], pooled)
-
-            return velocity
-
-        guided = flow.guided_velocity(
-            velocity_for(self.prompt), velocity_for(self.negative), self.schedule.guidance_scale
+        latent = denoise(
+            self.dit,
+            chunk.latent,
+            noise,
+            condition_noise,
+            self.schedule,
+            self.prompt,
+            self.negative,
+            self.shape_quirk,
         )
-        restored = flow.sample(guided, noise, flow.sampling_times(self.schedule.steps))
-        return Chunk(chunk.start, restored.unflatten(0, shape))
+        return Chunk(chunk.start, latent)
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -223,10 +208,6 @@ class Restorer:
             if item is None:
                 return
             yield item
-
-    def _placed(self, prompt: Prompt) -> Prompt:
-        pooled = None if prompt.pooled is None else prompt.pooled.to(self.device, self.dtype)
-        return Prompt(prompt.text.to(self.device, self.dtype), pooled)
 
 
 def placement(device: torch.device | str | None) -> tuple[torch.device, torch.dtype]:

@@ -1,8 +1,9 @@
-"""What a training will take before it is started: memory of a GPU by part, operations, hours and cost.
+"""What a training will take before it is started: memory of a GPU by part, FLOPs, hours and cost.
 
-Everything is counted from the config: no data, no weights, no Ray. Operations are those of matrix products
-(model/flops.py); packs are filled by the code that fills them in training, from a mix of samples that
-the config assumes. The machine's speed is the one thing that cannot be counted: a stated utilisation.
+Everything is counted from the config: no data, no weights, no Ray. FLOPs are those of matrix products
+(model/flops.py), memory is counted in memory_cost.py; packs are filled by the code that fills them in
+training, from a mix of samples that the config assumes. The machine's speed is the one thing that cannot be
+counted: a stated utilisation.
 """
 
 import dataclasses
@@ -12,29 +13,23 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from model.dit import nadit
-from model.dit.nadit import NaDiT, NaDiTConfig
-from model.dit.packing import patch_grids
+from model.dit.nadit import NaDiT
 from model.dit.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
 from model.flops import (
     TRAINING_OVER_FORWARD,
     Config,
-    forward_operations,
+    forward_flops,
     linear_per_token,
-    window_sizes,
 )
 from pipeline.data import cropping
 from pipeline.store import schema, storage
+from pipeline.training.memory_cost import Memory, Sample, activation_bytes, fixed_memory
 from pipeline.training.runs import train_dit
 from pipeline.training.samples import sample_order
 from pipeline.weights import backbones
 
 PAPER_GPUS, PAPER_GPU_HOURS = 256, 30_000
 """Section 4: "256 NVIDIA H100-80G GPUs", "about 30K H100-80G GPU hours"."""
-_REDUCE_BUCKET = 500_000_000
-"""Values in DeepSpeed's bucket of gradients on their way to other ranks (its default)."""
-_GATHERED_BY_ZERO_3 = 1_000_000_000
-"""Values of gathered parameters that ZeRO-3 keeps at most (its default, stage3_max_live_parameters)."""
 _SIMULATED_ROWS = 4096
 _NATIVE = "native"
 
@@ -46,7 +41,7 @@ class PlanConfig(train_dit.TrainDitConfig):
     peak_tflops: float = 989.4
     """of one GPU in bf16 without sparsity (an H100 SXM)"""
     utilisation: float = 0.35
-    """share of the peak that the counted operations reach; recomputed activations do not count as work"""
+    """share of the peak that the counted FLOPs reach; recomputed activations do not count as work"""
     gpu_memory_gb: float = 80.0
     """of one GPU"""
     price_per_gpu_hour: float = 4.0
@@ -84,101 +79,6 @@ def parameter_count(model: Config) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-# --- memory ---
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """A kind of sample: latent shape (T, H, W), patch tokens and text tokens."""
-
-    shape: tuple[int, int, int]
-    video_tokens: int
-    text_tokens: int
-
-
-def kept_values(model: Config, sample: Sample, cuda: bool) -> tuple[float, float]:
-    """Values kept for the backward pass, of one layer: (with everything kept, with its input only).
-
-    Per token, in widths: what autograd saves in `Block` (test_cost_plan.py counts it there). The
-    CPU's attention keeps its result twice. Vectors of a sample and statistics of a token are left out.
-    """
-    grid = patch_grids([sample.shape], model.patch)[0]
-    layers = model.layer_windows()[:2]
-    windows = sum(n for layer in layers for _, n in window_sizes(layer, grid)) / len(layers)
-    once_more = 0 if cuda else 1
-    if isinstance(model, SwinMMDiTConfig):
-        hidden, own, text = 2.0 * model.mlp_ratio, 10, 9
-    else:
-        hidden = 2.0 * model.mlp_ratio
-        if model.kind == "3b":
-            hidden = 4 * nadit.swiglu_width(model.width, model.mlp_ratio) / model.width
-        own, text = 21, 18
-    video = sample.video_tokens * (own + once_more + hidden)
-    # Each window's keys, values, text queries and their result hold the text once more.
-    texts = sample.text_tokens * (text + hidden + windows * (3 + once_more))
-    return model.width * (video + texts), model.width * (sample.video_tokens + sample.text_tokens)
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU while it trains, by part."""
-
-    weights: float
-    """as they are used: bf16 on GPUs, fp32 on CPUs"""
-    gradients: float
-    optimiser: float
-    """fp32 weights and AdamW's two moments; 0 if they are kept on the host"""
-    moving_average: float
-    """fp32; where the optimiser's fp32 weights are"""
-    buckets: float
-    """gradients on their way, and with ZeRO-3 gathered parameters"""
-    activations: float
-
-    @property
-    def total(self) -> float:
-        return sum(dataclasses.astuple(self))
-
-
-def fixed_memory(config: train_dit.TrainDitConfig, parameters: int) -> Memory:
-    """All that does not depend on the pack."""
-    ranks = config.scale.workers[1]
-    value = 2 if config.scale.use_gpu else 4
-    zero = config.scale.zero_stage
-    on_host = config.scale.offload_optimiser
-    return Memory(
-        weights=value * parameters / (ranks if zero == 3 else 1),
-        gradients=value * parameters / (ranks if zero >= 2 else 1),
-        optimiser=0.0 if on_host else 12 * parameters / ranks,
-        moving_average=0.0 if on_host else 4 * parameters / ranks,
-        buckets=value * min(parameters, _REDUCE_BUCKET)
-        + (value * min(parameters, _GATHERED_BY_ZERO_3) if zero == 3 else 0),
-        activations=0.0,
-    )
-
-
-def activation_bytes(model: Config, pack: list[Sample], cuda: bool, checkpointed: bool) -> float:
-    """At the peak, which is where the backward pass begins: what was kept, and the first gradients.
-
-    With checkpoints that is every layer's input and one layer whole.
-    """
-    value = 2 if cuda else 4
-    kept = [kept_values(model, sample, cuda) for sample in pack]
-    whole, entering = (sum(parts) for parts in zip(*kept, strict=True))
-    layers = model.num_layers
-    stored = layers * entering + whole if checkpointed else layers * whole
-    tokens = sum(sample.video_tokens for sample in pack)
-    # The residual's gradient, that of the MLP's hidden values before and after its activation.
-    gradients = tokens * model.width * (2 + 2 * _hidden_width(model) / model.width)
-    ends = tokens * 4 * (model.in_channels + model.out_channels)
-    return value * (stored + gradients + ends)
-
-
-def _hidden_width(model: Config) -> int:
-    if isinstance(model, NaDiTConfig) and model.kind == "3b":
-        return nadit.swiglu_width(model.width, model.mlp_ratio)
-    return model.mlp_ratio * model.width
-
-
 # --- samples and steps ---
 
 
@@ -189,7 +89,7 @@ def kinds_of(config: PlanConfig, stage: train_dit.StageConfig) -> list[tuple[Sam
     ]
     images = sum(b.frames == 1 for b in buckets)
     videos = len(buckets) - images
-    found = []
+    kinds = []
     for b in buckets:
         group, share = (images, config.image_share) if b.frames == 1 else (videos, 1 - config.image_share)
         whole = share if images and videos else 1.0
@@ -199,8 +99,8 @@ def kinds_of(config: PlanConfig, stage: train_dit.StageConfig) -> list[tuple[Sam
             b.width // schema.SPATIAL_FACTOR,
         )
         tokens = schema.video_tokens(b.frames, b.height, b.width)
-        found.append((Sample(shape, tokens, config.text_tokens), whole / group))
-    return found
+        kinds.append((Sample(shape, tokens, config.text_tokens), whole / group))
+    return kinds
 
 
 def _bucket(name: str) -> cropping.Bucket:
@@ -220,12 +120,12 @@ class StagePlan:
     samples_per_step: float
     tokens_per_step: float
     """video tokens"""
-    operations_per_step: float
+    flops_per_step: float
     """forward and backward, all GPUs"""
     attention_share: float
-    """of the operations"""
+    """of the FLOPs"""
     over_six_parameters: float
-    """counted operations over 6 x parameters x video tokens, the usual rule"""
+    """counted FLOPs over 6 x parameters x video tokens, the usual rule"""
     seconds_per_step: float
     memory: Memory
     without_checkpoints: float
@@ -245,7 +145,7 @@ def plan_stage(config: PlanConfig, stage: train_dit.StageConfig, parameters: int
     packs = simulated_packs(model, kinds, stage)
     samples = [sample for pack in packs for sample in pack]
     scale = config.packs_per_step / len(packs)
-    counted = {kind: forward_operations(model, kind.shape, kind.text_tokens) for kind, _ in kinds}
+    counted = {kind: forward_flops(model, kind.shape, kind.text_tokens) for kind, _ in kinds}
     total = sum(counted[sample].total for sample in samples) * TRAINING_OVER_FORWARD * scale
     attention = sum(counted[sample].attention for sample in samples) * TRAINING_OVER_FORWARD * scale
     tokens = sum(sample.video_tokens for sample in samples) * scale
@@ -259,11 +159,11 @@ def plan_stage(config: PlanConfig, stage: train_dit.StageConfig, parameters: int
         steps=stage.steps,
         samples_per_step=len(samples) * scale,
         tokens_per_step=tokens,
-        operations_per_step=total,
+        flops_per_step=total,
         attention_share=attention / total,
         over_six_parameters=total / (6 * parameters * tokens),
         seconds_per_step=total / speed,
-        memory=dataclasses.replace(fixed_memory(config, parameters), activations=chosen),
+        memory=dataclasses.replace(fixed_memory(config.scale, parameters), activations=chosen),
         without_checkpoints=activations[False],
         with_checkpoints=activations[True],
     )
@@ -276,12 +176,11 @@ def simulated_packs(
     rows: list[dict[str, Any]] = []
     for index, (sample, share) in enumerate(kinds):
         frames, height, width = sample.shape
-        for number in range(max(1, round(share * _SIMULATED_ROWS))):
+        for _ in range(max(1, round(share * _SIMULATED_ROWS))):
             rows.append(
                 {
-                    "file": f"{index:06d}",
-                    "row_group": number,
-                    "row": 0,
+                    "reference": index,
+                    "locality": len(rows),
                     "num_frames": (frames - 1) * schema.TEMPORAL_FACTOR + 1,
                     "height": height * schema.SPATIAL_FACTOR,
                     "width": width * schema.SPATIAL_FACTOR,
@@ -294,7 +193,7 @@ def simulated_packs(
     sample_order.check_budget(table, stage.tokens_per_pack, stage.name)
     stream = sample_order.SampleStream(table, 0, model)
     packed = sample_order.pack_step(stream, 0, 8, stage.tokens_per_pack)
-    return [[kinds[int(stream[one].row["file"])][0] for one in pack] for pack in packed.packs]
+    return [[kinds[stream[position].row["reference"]][0] for position in pack] for pack in packed.packs]
 
 
 # --- what a person reads ---
@@ -364,7 +263,7 @@ def _budget_lines(config: PlanConfig, model: Config, parameters: int) -> list[st
     for tokens in sorted({budget // 8, budget // 4, budget // 2, budget, 2 * budget}):
         lines.append(_row(f"{tokens}", [f"{tokens * size / 1e9:.2f}" for size in per_token]))
     if cuda:
-        free = config.gpu_memory_gb * 1e9 - fixed_memory(config, parameters).total
+        free = config.gpu_memory_gb * 1e9 - fixed_memory(config.scale, parameters).total
         fitting = [f"{max(0, math.floor(free / size)):,}" for size in per_token]
         lines.append(_row("most that fit", fitting))
     return lines
@@ -383,7 +282,7 @@ def _stage_lines(config: PlanConfig, plans: list[StagePlan]) -> list[str]:
         gpu_hours = plan.hours * config.scale.workers[1]
         values = [
             f"{plan.steps}", f"{plan.samples_per_step:.0f}", f"{plan.tokens_per_step / 1e6:.3g}",
-            f"{plan.operations_per_step / 1e15:.4g}", f"{plan.attention_share:.0%}",
+            f"{plan.flops_per_step / 1e15:.4g}", f"{plan.attention_share:.0%}",
             f"{plan.over_six_parameters:.2f}", f"{plan.seconds_per_step:.3g}", f"{plan.hours:.1f}",
             f"{gpu_hours:.0f}", f"{gpu_hours * config.price_per_gpu_hour:.0f}",
             f"{plan.steps * plan.samples_per_step / 1e6:.1f}",

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from model import checkpoints, flow
+from model.denoise import Prompt, Schedule
 from model.dit.nadit import SEEDVR_3B, SEEDVR_7B, NaDiTConfig
 from model.dit.swin_mmdit import SwinMMDiTConfig
 from model.vae.autoencoder import AutoencoderConfig
@@ -22,16 +22,6 @@ from pipeline.weights import weights_folder
 Kind = Literal["own", "seedvr-3b", "seedvr-7b", "seedvr2-3b", "seedvr2-7b"]
 RELEASED_AREA = (720, 1280)
 """The released scripts restore everything to this area, in pixels, unless they are told another."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How a model is sampled."""
-
-    steps: int
-    guidance_scale: float
-    condition_noise: float
-    """0..1000, before the shift by the video's size"""
 
 
 OWN = Schedule(steps=50, guidance_scale=1.0, condition_noise=flow.INFERENCE_CONDITION_LEVEL)
@@ -121,14 +111,6 @@ def _check_weights(url: str, kind: Kind, key: str) -> None:
         )
     if kind != "own" and not weights_folder.is_released_file(url):
         raise ValueError(f"{key}.weights: {kind} is a file (.pth or .safetensors), not the folder {url}")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A text as the network takes it: `text` (L, D) and `pooled` (P,) or None."""
-
-    text: Tensor
-    pooled: Tensor | None
 
 
 @dataclass(frozen=True)

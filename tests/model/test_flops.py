@@ -1,4 +1,4 @@
-"""Counted operations equal those that torch counts while the networks run."""
+"""Counted FLOPs equal those that torch counts while the networks run."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.dit.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT, NaDiTConfig
 from model.dit.swin_mmdit import SD3_MEDIUM, TINY, SwinMMDiT, SwinMMDiTConfig
 from model.dit.windows import Grid
-from model.flops import TRAINING_OVER_FORWARD, Config, forward_operations
+from model.flops import TRAINING_OVER_FORWARD, Config, forward_flops
 
 SMALL = {"num_heads": 2, "head_dim": 16, "width": 32, "text_dim": 24, "rotary_dim": 16}
 CONFIGS: dict[str, Config] = {
@@ -41,13 +41,13 @@ def counted_by_torch(config: Config, samples: list[tuple[Grid, int]], backward: 
 def test_a_forward_pass_costs_what_torch_counts(name):
     config = CONFIGS[name]
     for sample in SAMPLES:
-        assert forward_operations(config, *sample).total == counted_by_torch(config, [sample])
+        assert forward_flops(config, *sample).total == counted_by_torch(config, [sample])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_samples_cost_what_they_cost_alone(name):
     config = CONFIGS[name]
-    alone = sum(forward_operations(config, *sample).total for sample in SAMPLES)
+    alone = sum(forward_flops(config, *sample).total for sample in SAMPLES)
     assert counted_by_torch(config, SAMPLES) == alone
 
 
@@ -56,13 +56,13 @@ def test_training_costs_three_times_that_less_the_gradient_of_the_inputs():
     assert isinstance(config, SwinMMDiTConfig)
     (t, h, w), text = sample
     entering = config.in_channels * t * h * w + config.text_dim * text + 256 + config.pooled_dim
-    expected = TRAINING_OVER_FORWARD * forward_operations(config, *sample).total - 2 * config.width * entering
+    expected = TRAINING_OVER_FORWARD * forward_flops(config, *sample).total - 2 * config.width * entering
     assert counted_by_torch(config, [sample], backward=True) == expected
 
 
 def test_the_parts_of_the_papers_model():
     """720p, 21 frames, by hand: 24 layers of 12 width^2 multiply-adds a token, and the windows."""
-    counted = forward_operations(SD3_MEDIUM, (6, 90, 160), 154)
+    counted = forward_flops(SD3_MEDIUM, (6, 90, 160), 154)
     ends = 2 * (33 + 16) * 4 * 1536
     assert counted.video_linear == 21600 * (24 * 24 * 1536**2 + ends)
     assert counted.text_linear == 154 * (23 * 24 * 1536**2 + 6 * 1536**2 + 2 * 4096 * 1536)
@@ -76,4 +76,4 @@ def test_the_parts_of_the_papers_model():
 
 def test_an_odd_side_is_refused():
     with pytest.raises(ValueError, match="patches"):
-        forward_operations(SD3_MEDIUM, (1, 9, 8), 4)
+        forward_flops(SD3_MEDIUM, (1, 9, 8), 4)

@@ -96,29 +96,31 @@ class TestTraining:
         shapes = [(1, 4, 4), (2, 4, 6)] * 50
         rows = [t * h * w for t, h, w in shapes]
         hq, lq = torch.randn(sum(rows), 16), torch.randn(sum(rows), 16)
-        batch = flow.training_batch(hq, lq, shapes, generator)
-        assert batch.video.shape == (sum(rows), 33) and batch.time.shape == (100,)
-        time = flow.spread(batch.time, rows)
-        assert torch.allclose(flow.data_from_velocity(batch.video[:, :16], batch.target, time), hq, atol=1e-4)
-        assert (batch.video[:, 32] == 1).all()
-        for sample, truth in zip(batch.video[:, 16:32].split(rows), lq.split(rows), strict=True):
+        draws = flow.draw_training(lq, shapes, generator)
+        time = flow.spread(draws.time, rows)
+        noisy, target = flow.interpolate(hq, draws.noise, time), flow.velocity(hq, draws.noise)
+        video = flow.network_input(noisy, draws.condition)
+        assert video.shape == (sum(rows), 33) and draws.time.shape == (100,)
+        assert torch.allclose(flow.data_from_velocity(video[:, :16], target, time), hq, atol=1e-4)
+        assert (video[:, 32] == 1).all()
+        for sample, truth in zip(video[:, 16:32].split(rows), lq.split(rows), strict=True):
             assert torch.corrcoef(torch.stack([sample.flatten(), truth.flatten()]))[0, 1] > 0.9
-        assert (batch.condition_time > 0).all() and batch.condition_time.max() < 251
+        assert (draws.condition_time > 0).all() and draws.condition_time.max() < 251
 
     def test_condition_noise_and_target_noise_are_independent(self):
         hq = lq = torch.zeros(4096, 16)
-        batch = flow.training_batch(hq, lq, [(1, 64, 64)], torch.Generator().manual_seed(0))
-        pair = torch.stack([batch.target.flatten(), batch.video[:, 16:32].flatten()])
+        draws = flow.draw_training(lq, [(1, 64, 64)], torch.Generator().manual_seed(0))
+        pair = torch.stack([flow.velocity(hq, draws.noise).flatten(), draws.condition.flatten()])
         assert abs(torch.corrcoef(pair)[0, 1]) < 0.02
 
-    def test_same_generator_same_batch(self):
-        hq, lq = torch.randn(2, 32, 16)
+    def test_same_generator_same_draws(self):
+        lq = torch.randn(32, 16)
         a, b, c = (
-            flow.training_batch(hq, lq, [(2, 4, 4)], torch.Generator().manual_seed(seed))
-            for seed in (5, 5, 6)
+            flow.draw_training(lq, [(2, 4, 4)], torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
         )
-        assert torch.equal(a.video, b.video) and torch.equal(a.time, b.time)
-        assert not torch.equal(a.video, c.video)
+        assert torch.equal(a.noise, b.noise) and torch.equal(a.condition, b.condition)
+        assert torch.equal(a.time, b.time)
+        assert not torch.equal(a.noise, c.noise) and not torch.equal(a.condition, c.condition)
 
 
 def test_exact_velocity_gives_back_the_data_in_one_step_or_many():

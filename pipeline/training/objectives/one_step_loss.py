@@ -15,7 +15,7 @@ from torch import Tensor
 from model.flow import MAX_TIME
 from model.vae.autoencoder import CausalVideoAutoencoder
 from pipeline.store import schema, storage
-from pipeline.training.samples.latent_reader import Batch
+from pipeline.training.samples.batch import Batch
 from pipeline.weights import weights_folder
 
 
@@ -48,11 +48,9 @@ class PixelLoss:
 
     def __call__(self, batch: Batch, velocity: Tensor) -> Tensor:
         """(B,) in fp32, weighted; 0 for samples at any time but 1000. velocity: (rows, 16)."""
-        counts = [t * h * w for t, h, w in batch.video_shapes]
-        noise = batch.video[:, : velocity.shape[1]].float()  # at time 1000 the noisy latent is noise
         parts = zip(
-            (noise - velocity.float()).split(counts),
-            (noise - batch.target).split(counts),
+            (batch.noise - velocity.float()).split(batch.rows),
+            batch.data.split(batch.rows),
             batch.video_shapes,
             batch.timestep.tolist(),
             strict=True,

@@ -3,14 +3,15 @@
 import dataclasses
 import json
 from collections.abc import Callable
-from typing import Any
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from pipeline.store import hashing
-from pipeline.training.samples import latent_reader, sample_order
+from pipeline.training.samples.batch import Batch, collate, training_sample
+from pipeline.training.samples.latent_reader import Reader
+from pipeline.training.samples.sample_order import ScheduledSample
 from pipeline.training.state import ranks
 
 
@@ -18,37 +19,38 @@ from pipeline.training.state import ranks
 class HeldOut:
     """Triples (sample, time, noise), in packs."""
 
-    packs: list[latent_reader.Batch]
+    packs: list[Batch]
     triples: int
     set_hash: str
     """tells this set from others"""
 
 
-def held_out_set(
-    reader: latent_reader.Reader, rows: pa.Table, triples: int, tokens_per_pack: int, seed: int
-) -> HeldOut:
+def held_out_set(reader: Reader, rows: pa.Table, triples: int, tokens_per_pack: int, seed: int) -> HeldOut:
     """Samples of the index rows in turn, times at even quantiles of the training law."""
     quantiles = (torch.arange(triples) + 0.5) / triples
     times = (1000 * torch.sigmoid(torch.special.ndtri(quantiles))).tolist()
     ordered = rows.sort_by("sample_id").slice(0, triples).to_pylist()
     # Epoch -1-i: draws that no training step uses.
-    drawn = [sample_order.Drawn(ordered[i % len(ordered)], -1 - i) for i in range(triples)]
-    packs: list[list[dict[str, Any]]] = [[]]
+    scheduled = [ScheduledSample(ordered[i % len(ordered)], -1 - i) for i in range(triples)]
+    packs: list[list[Batch]] = [[]]
     load = 0
-    for sample, timestep in zip(drawn, times, strict=True):
+    for sample, timestep in zip(scheduled, times, strict=True):
         if packs[-1] and load + sample.tokens > tokens_per_pack:
             packs.append([])
             load = 0
-        packs[-1].append(latent_reader.training_sample(reader, sample, seed, False, timestep))
+        packs[-1].append(training_sample(reader, sample, seed, False, timestep))
         load += sample.tokens
-    names = [(one.row["sample_id"], one.epoch, timestep) for one, timestep in zip(drawn, times, strict=True)]
+    names = [
+        (sample.row["sample_id"], sample.epoch, timestep)
+        for sample, timestep in zip(scheduled, times, strict=True)
+    ]
     set_hash = hashing.stable_id(json.dumps(names), seed)
-    return HeldOut([latent_reader.collate(pack) for pack in packs], triples, set_hash)
+    return HeldOut([collate(pack) for pack in packs], triples, set_hash)
 
 
 @torch.no_grad()
 def held_out_loss(
-    velocity: Callable[[latent_reader.Batch], Tensor],
+    velocity: Callable[[Batch], Tensor],
     held_out: HeldOut,
     device: torch.device,
     dtype: torch.dtype,

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from model import checkpoints
+from model.denoise import Network
 from model.dit.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
 from pipeline.data import text_embeddings
+from pipeline.data.precompute import SampleConfig
 from pipeline.runtime import stage
 from pipeline.store import schema, storage
 from pipeline.training.objectives.one_step_loss import OneStepConfig, PixelLoss
@@ -27,7 +29,8 @@ from pipeline.training.runs import loggers, loop, run_log, trainer, utilisation
 from pipeline.training.runs.held_out import held_out_loss, held_out_set
 from pipeline.training.runs.validation import Validation, ValidationConfig
 from pipeline.training.samples import latent_reader, online_latents, sample_order
-from pipeline.training.samples.online_latents import OnlineConfig, OnlineReader
+from pipeline.training.samples.batch import Batch, Step, rank_steps
+from pipeline.training.samples.online_latents import OnlineReader
 from pipeline.training.state import ranks
 from pipeline.training.state.ema import MovingAverage
 from pipeline.training.state.step_guard import FaultConfig
@@ -94,7 +97,7 @@ class TrainDitConfig:
     """compile the MLPs of the paper's network: the first steps take longer, all others less"""
     heldout_triples: int = 64
     """fixed (sample, time, noise) triples of the held-out loss, before and after each stage"""
-    online: OnlineConfig | None = None
+    online: SampleConfig | None = None
     """make latents while training instead of reading them, for small data (null: read latents/)"""
     validation: ValidationConfig | None = None
     """restore held-out clips every now and then, as pictures and with scores (null: do not)"""
@@ -147,7 +150,9 @@ def index_of(config: TrainDitConfig) -> pa.Table:
     """Every sample there is."""
     if config.online is None:
         return latent_reader.read_index(config.data)
-    return online_latents.index_of(online_latents.planned_samples(config.online, config.data, config.seed))
+    return online_latents.sample_table(
+        online_latents.planned_samples(config.online, config.data, config.seed)
+    )
 
 
 def check_data(config: TrainDitConfig) -> None:
@@ -175,13 +180,10 @@ def check_data(config: TrainDitConfig) -> None:
             weights_folder.weights_hash(stage_config.one_step.vae)  # says what is wrong with it
 
 
-def forward(
-    model: torch.nn.Module, batch: latent_reader.Batch, parameters: dict[str, Tensor] | None = None
-) -> Tensor:
-    """Velocity of a batch, with the given parameters in place of the model's own if there are any."""
+def forward(network: Network, batch: Batch) -> Tensor:
+    """Velocity of a batch, (rows, 16)."""
     lengths = batch.video_shapes, batch.text_lengths
-    arguments = (batch.video, batch.text, *lengths, batch.timestep, batch.pooled)
-    return model(*arguments) if parameters is None else functional_call(model, parameters, arguments)
+    return network(batch.video, batch.text, *lengths, batch.timestep, batch.pooled)
 
 
 def network(config: TrainDitConfig) -> weights_folder.Transformer:
@@ -219,12 +221,12 @@ class Worker:
     dtype: torch.dtype
     """of the weights as they train"""
     peak: float | None
-    """10^12 operations a second of all workers; None: unknown"""
+    """10^12 FLOPs a second of all workers; None: unknown"""
 
-    def averaged(self) -> Callable[[latent_reader.Batch], Tensor]:
+    def averaged(self) -> Network:
         """The network with averaged weights, as they are now."""
         weights = {**dict(self.engine.module.named_buffers()), **self.average.gathered(self.dtype)}
-        return lambda batch: forward(self.meta_model, batch, weights)
+        return lambda *inputs: functional_call(self.meta_model, weights, inputs)
 
 
 def build(config: TrainDitConfig) -> loop.Training:
@@ -281,7 +283,7 @@ def open_stage(worker: Worker, state: loop.State) -> loop.Stage:
     tokens_per_pack = stage_config.tokens_per_pack
     fixed = held_out_set(reader, held_out_rows, config.heldout_triples, tokens_per_pack, config.seed)
     rows = rows_of(index, stage_config, "train")
-    steps = latent_reader.rank_steps(
+    steps = rank_steps(
         reader,
         sample_order.SampleStream(rows, config.seed, worker.engine.module.config),
         state["position"],
@@ -298,7 +300,9 @@ def open_stage(worker: Worker, state: loop.State) -> loop.Stage:
         name=stage_config.name,
         steps=stage_config.steps,
         step=lambda: train_step(worker, stage_config, state, prefetched, pixel_loss),
-        held_out=lambda: {"loss": held_out_loss(worker.averaged(), fixed, device, dtype)},
+        held_out=lambda: {
+            "loss": held_out_loss(functools.partial(forward, worker.averaged()), fixed, device, dtype)
+        },
         held_out_set={"triples": fixed.triples, "set_hash": fixed.set_hash},
     )
     if config.validation is None:
@@ -316,18 +320,18 @@ def samples_of_stage(config: TrainDitConfig, state: loop.State) -> pa.Table:
     next stage: they would change the order of all samples, on a resume or between ranks."""
     index = index_of(config) if ranks.rank() == 0 else None
     if state["stage_step"] == 0:
-        files = None if index is None else index["file"].unique().to_pylist()
+        files = None if index is None else latent_reader.files_of(index)
         state["files"] = ranks.from_rank_0(files)
     if index is None:  # read after rank 0's: it holds all that rank 0 found
         index = index_of(config)
-    return sample_order.of_files(index, state["files"])
+    return latent_reader.of_files(index, state["files"])
 
 
 def train_step(
     worker: Worker,
     stage_config: StageConfig,
     state: loop.State,
-    steps: Iterator[latent_reader.Step],
+    steps: Iterator[Step],
     pixel_loss: PixelLoss | None,
 ) -> loop.StepResult:
     """This rank's packs forward and backward, and one optimiser step."""
@@ -339,7 +343,7 @@ def train_step(
     start = time.monotonic()
     step = next(steps)
     waited_s = time.monotonic() - start
-    summed = torch.zeros(3, device=device)  # losses, tokens, operations / 10^12
+    summed = torch.zeros(3, device=device)  # losses, tokens, FLOPs / 10^12
     breakdown = run_log.Breakdown(stage_config.buckets, device)
     for batch in step.batches:
         batch = batch.to(device, worker.dtype)
@@ -351,8 +355,8 @@ def train_step(
         engine.backward(losses.sum() * (config.packs_per_step / step.samples))
         engine.step()
         breakdown.add(losses, batch.timestep, batch.buckets)
-        tera = utilisation.tera_operations(engine.module.config, batch)
-        counts = torch.tensor([len(batch.video) / schema.PATCH**2, tera])
+        tera = utilisation.tera_flops(engine.module.config, batch)
+        counts = torch.tensor([len(batch.data) / schema.PATCH**2, tera])
         summed += torch.cat([losses.detach().sum()[None], counts.to(device)])
     loss, token_count, tera = ranks.all_reduced(summed).tolist()
     state["position"] = step.next_position
@@ -389,7 +393,7 @@ def run(config: TrainDitConfig) -> stage.Summary:
 
     def work(summary: stage.Summary) -> None:
         if config.online is not None:
-            online_latents.write_texts(config.online, config.data, config.seed)
+            online_latents.write_texts(config.online, config.data)
             check_data(config)
         loop.start(build, config, NAME)
         trainer.summarise(summary, storage.join(config.output, trainer.WEIGHTS, NAME))

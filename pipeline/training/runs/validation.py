@@ -5,7 +5,6 @@ not count against the transformer. Scores of the decoded LQ latent stand beside 
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from model import flow
+from model.denoise import Network, Prompt, denoise
 from pipeline.metrics.niqe import niqe
 from pipeline.metrics.psnr_ssim import full_reference_scores
 from pipeline.store import hashing, schema, storage
-from pipeline.training.samples.latent_reader import Batch, Reader
+from pipeline.training.samples.latent_reader import Reader
 from pipeline.training.state import ranks
 from pipeline.video import encoding, pixel_range
-from pipeline.weights import weights_folder
+from pipeline.weights import backbones, weights_folder
 from pipeline.weights.frame_noise import frame_noise
 
 FOLDER = "validation"
@@ -73,56 +72,38 @@ class Validation:
 
     @torch.no_grad()
     def run(
-        self, velocity: Callable[[Batch], Tensor], output_url: str, step: int
+        self, network: Network, output_url: str, step: int
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Mean scores, and pictures (LQ, restored and truth side by side) that are also written as PNG below
-        `output_url`. velocity: the moving average's, of a batch. Ranks share the clips; all must call it."""
+        `output_url`. network: the moving average's. Ranks share the clips; all must call it."""
         self.vae.to(self.device)
-        own: list[tuple[str, dict[str, float], np.ndarray]] = []
+        shown: list[tuple[str, dict[str, float], np.ndarray]] = []
         for row in self.rows[ranks.rank() :: ranks.world_size()]:
             hq, lq = self.reader.latents(row, -1)
-            versions = [self._pixels(latent) for latent in (lq, self._restored(velocity, row, lq), hq)]
+            versions = [self._pixels(latent) for latent in (lq, self._restored(network, row, lq), hq)]
             picture = np.concatenate([frames[len(frames) // 2] for frames in versions], axis=1)
             url = storage.join(output_url, FOLDER, f"{step:06d}", f"{row['sample_id']}.png")
             storage.write_bytes(url, encoding.png(picture))
-            own.append((row["sample_id"], scores(*versions), picture))
+            shown.append((row["sample_id"], scores(*versions), picture))
         self.vae.to("cpu")
-        everything = [entry for part in ranks.from_all(own) for entry in part]
-        found = [values for _, values, _ in everything]
-        keys = dict.fromkeys(key for values in found for key in values)
-        means = {key: float(np.mean([v[key] for v in found if key in v])) for key in keys}
+        everything = [entry for part in ranks.from_all(shown) for entry in part]
+        by_clip = [values for _, values, _ in everything]
+        keys = dict.fromkeys(key for values in by_clip for key in values)
+        means = {key: float(np.mean([v[key] for v in by_clip if key in v])) for key in keys}
         return means, {sample_id: picture for sample_id, _, picture in everything}
 
-    def _restored(self, velocity: Callable[[Batch], Tensor], row: dict[str, Any], lq: Tensor) -> Tensor:
+    def _restored(self, network: Network, row: dict[str, Any], lq: Tensor) -> Tensor:
         """Sampled from noise as restore does it: (T', H', W', 16)."""
-        shape = (lq.shape[0], lq.shape[1], lq.shape[2])
         seed = hashing.stable_hash(self.seed, FOLDER, row["sample_id"])
         noise, condition_noise = (
-            frame_noise(seed, purpose, 0, tuple(lq.shape)).flatten(0, 2).to(self.device)
+            frame_noise(seed, purpose, 0, tuple(lq.shape)).to(self.device)
             for purpose in ("initial", "condition")
         )
-        level = flow.condition_time(flow.INFERENCE_CONDITION_LEVEL, shape, released_quirk=False)
-        low = lq.flatten(0, 2).to(self.device)
-        condition = flow.interpolate(low, condition_noise, torch.tensor(level, device=self.device))
         prompts = self.reader.texts.prompts()
         text = prompts.null if prompts.positive is None else prompts.positive
-        pooled = torch.empty(0) if prompts.pooled is None else prompts.pooled
-
-        def velocity_at(x: Tensor, time: Tensor) -> Tensor:
-            batch = Batch(
-                video=flow.network_input(x, condition),
-                target=x,
-                text=text,
-                pooled=pooled[None],
-                video_shapes=[shape],
-                text_lengths=[len(text)],
-                timestep=time[None],
-                sample_ids=[row["sample_id"]],
-                buckets=[row["bucket"]],
-            )
-            return velocity(batch.to(self.device, self.dtype))
-
-        return flow.sample(velocity_at, noise, flow.sampling_times(self.config.steps)).unflatten(0, shape)
+        prompt = Prompt(text, prompts.pooled).to(self.device, self.dtype)
+        schedule = dataclasses.replace(backbones.OWN, steps=self.config.steps)
+        return denoise(network, lq.to(self.device), noise, condition_noise, schedule, prompt)
 
     def _pixels(self, latent: Tensor) -> np.ndarray:
         """(T', H', W', 16) -> uint8 (T, H, W, 3). In slices: a long clip of a native size has no room."""
@@ -136,12 +117,12 @@ class Validation:
 def scores(low: np.ndarray, restored: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Means over the frames: psnr (RGB, dB), ssim (luma), niqe (of frames large enough); and those of the
     low-quality video as `<name>_lq`."""
-    found: dict[str, float] = {}
+    means: dict[str, float] = {}
     for ending, video in (("", restored), ("_lq", low)):
         pairs = [full_reference_scores(a, b) for a, b in zip(video, truth, strict=True)]
-        found[f"psnr{ending}"] = float(np.mean([pair["psnr_rgb"] for pair in pairs]))
-        found[f"ssim{ending}"] = float(np.mean([pair["ssim_y"] for pair in pairs]))
-        told = [value for value in map(niqe, video) if value is not None]
-        if told:
-            found[f"niqe{ending}"] = float(np.mean(told))
-    return found
+        means[f"psnr{ending}"] = float(np.mean([pair["psnr_rgb"] for pair in pairs]))
+        means[f"ssim{ending}"] = float(np.mean([pair["ssim_y"] for pair in pairs]))
+        niqes = [value for value in map(niqe, video) if value is not None]
+        if niqes:
+            means[f"niqe{ending}"] = float(np.mean(niqes))
+    return means

@@ -5,7 +5,6 @@ later epoch crops and degrades it anew. All of it depends on (seed, epoch, sampl
 the same. Every sample costs two encodings a step; precomputed latents cost them once.
 """
 
-import dataclasses
 import threading
 from typing import Any
 
@@ -13,60 +12,33 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig
 from pipeline.data import cropping, precompute, text_embeddings
+from pipeline.data.kept_clips import KeptClips
+from pipeline.data.precompute import SampleConfig
 from pipeline.store import bf16_columns, hashing, schema, storage
 from pipeline.training.samples import latent_reader
 from pipeline.weights import weights_folder
 
 
-@dataclasses.dataclass(frozen=True)
-class OnlineConfig:
-    """What precompute would have been told."""
-
-    vae: str
-    """URL of a folder of trained autoencoder weights, or of the released autoencoder's file"""
-    buckets: list[cropping.Bucket]
-    """sizes that samples are cropped to"""
-    text: text_embeddings.TextConfig | None = None
-    """the text encoders that embed the captions, before training; exactly one of text and fixed_text"""
-    fixed_text: text_embeddings.FixedTextConfig | None = None
-    """one prompt for all clips, to fine-tune a released backbone"""
-    native: cropping.Native | None = None
-    """also samples of each clip's own size (null: none)"""
-    video_recipe: RecipeConfig = REALBASICVSR
-    """degradations of videos"""
-    image_recipe: RecipeConfig = REALESRGAN
-    """degradations of images"""
-
-    def __post_init__(self) -> None:
-        self.precompute("file:///", 0)  # checks all of it
-
-    def precompute(self, data_url: str, seed: int) -> precompute.PrecomputeConfig:
-        """The config that precompute would have had."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return precompute.PrecomputeConfig(data=data_url, seed=seed, **own)
-
-
-def write_texts(config: OnlineConfig, data_url: str, seed: int) -> None:
+def write_texts(config: SampleConfig, data_url: str) -> None:
     """Fill text/ of the kept clips where it is missing. Needs Ray; the driver calls it before training."""
     weights_folder.weights_hash(config.vae)  # says what is wrong with it
-    precompute.write_texts(config.precompute(data_url, seed), text_embeddings.KeptClips(data_url))
+    precompute.write_texts(config, KeptClips(data_url), data_url)
 
 
-def planned_samples(config: OnlineConfig, data_url: str, seed: int) -> dict[str, dict[str, Any]]:
+def planned_samples(config: SampleConfig, data_url: str, seed: int) -> dict[str, dict[str, Any]]:
     """Precompute's planned rows by sample id; text/ must be there."""
-    kept = text_embeddings.KeptClips(data_url)
+    kept = KeptClips(data_url)
     if config.text is not None:
         kept.read_text_tokens(storage.join(data_url, schema.TEXT))
     else:
         kept.same_text(len(text_embeddings.read_texts(data_url).positive))  # type: ignore[union-attr]
-    rows = precompute.plan_rows(config.precompute(data_url, seed), kept)
+    rows = precompute.plan_rows(config, kept, data_url, seed=seed)
     return {row["sample_id"]: row for row in rows}
 
 
-def index_of(planned: dict[str, dict[str, Any]]) -> pa.Table:
-    """The index that their latents would have; every sample is a row group of its own."""
+def sample_table(planned: dict[str, dict[str, Any]]) -> pa.Table:
+    """The sample table that their latents would have; every sample is a locality of its own."""
     rows = [
         schema.empty_row(
             schema.INDEX_SCHEMA,
@@ -79,16 +51,16 @@ def index_of(planned: dict[str, dict[str, Any]]) -> pa.Table:
         )
         for number, row in enumerate(planned.values())
     ]
-    return pa.Table.from_pylist(rows, schema=schema.INDEX_SCHEMA)
+    return latent_reader.sample_table(pa.Table.from_pylist(rows, schema=schema.INDEX_SCHEMA))
 
 
 class OnlineReader:
     """Makes samples' latents; reads their texts."""
 
     def __init__(
-        self, config: OnlineConfig, data_url: str, seed: int, device: torch.device, dtype: torch.dtype
+        self, config: SampleConfig, data_url: str, seed: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self._config, self._seed = config.precompute(data_url, seed), seed
+        self._config, self._seed = config, seed
         self.planned = planned_samples(config, data_url, seed)
         texts = latent_reader.LatentReader(data_url)
         self.texts, self.prompt = texts.texts, texts.prompt
@@ -97,7 +69,7 @@ class OnlineReader:
         self._held_out: dict[str, tuple[Tensor, Tensor]] = {}
 
     def latents(self, row: dict[str, Any], epoch: int) -> tuple[Tensor, Tensor]:
-        """HQ and LQ latents of an index row in an epoch, each (T', H', W', 16) fp32, rounded to bf16.
+        """HQ and LQ latents of a sample in an epoch, each (T', H', W', 16) fp32, rounded to bf16.
 
         Epochs below 0 are those of held-out samples: they are made once and kept. ValueError for a clip that
         cannot be read.

@@ -1,7 +1,7 @@
 """Equal work for every pack of a step: which samples it takes and which pack each goes to.
 
 Packs are trained side by side and wait for the slowest, so what counts is the most expensive one against the
-mean. Costs are counted operations (`model.flops`): a token costs up to 1.4 times as much in a large
+mean. Costs are FLOPs (`model.flops`): a token costs up to 1.4 times as much in a large
 window as in a small one, so packs of equal tokens would not be equal work. Tokens bound a pack's memory.
 """
 
@@ -25,30 +25,32 @@ def imbalance(loads: Sequence[float]) -> float:
 
 
 def fill_packs(
-    costs: np.ndarray, tokens: np.ndarray, places: np.ndarray, packs: int, tokens_per_pack: int
+    costs: np.ndarray, tokens: np.ndarray, localities: np.ndarray, packs: int, tokens_per_pack: int
 ) -> list[list[int]]:
     """Packs, each a list of positions, that hold the first n of the given samples; n is chosen here.
 
-    costs, tokens, places: (N,) of the next samples in order; place: the row group that holds a sample. N must
-    reach over packs x tokens_per_pack tokens, no sample over tokens_per_pack. n is the most that fit, or up
-    to a quarter less where that is better balanced. No pack is empty.
+    costs, tokens, localities: (N,) of the next samples in order; samples of one locality are read together.
+    N must reach over packs x tokens_per_pack tokens, no sample over tokens_per_pack. n is the most that fit,
+    or up to a quarter less where that is better balanced. No pack is empty.
     """
     count = int(np.searchsorted(np.cumsum(tokens), packs * tokens_per_pack, side="right"))
     least = max(packs, count * 3 // 4)
     best: tuple[float, list[list[int]]] | None = None
     tries = 0
     while count >= packs and (best is None or (count >= least and tries < _TRIES)):
-        assigned, left_over = _assign(costs[:count], tokens[:count], places[:count], packs, tokens_per_pack)
+        assigned, left_over = _assign(
+            costs[:count], tokens[:count], localities[:count], packs, tokens_per_pack
+        )
         if left_over:
             # As many of the last as have the tokens that found no room.
             back = np.cumsum(tokens[:count][::-1])
             count -= int(np.searchsorted(back, left_over, side="left")) + 1
             count, least = max(count, packs), max(packs, min(least, count * 3 // 4))
             continue
-        found = imbalance([float(costs[pack].sum()) for pack in assigned])
-        if best is None or found < best[0]:
-            best = found, assigned
-        if found <= GOOD_ENOUGH:
+        uneven = imbalance([float(costs[pack].sum()) for pack in assigned])
+        if best is None or uneven < best[0]:
+            best = uneven, assigned
+        if uneven <= GOOD_ENOUGH:
             break
         tries += 1
         count -= max(1, count // 100)
@@ -57,7 +59,7 @@ def fill_packs(
 
 
 def _assign(
-    costs: np.ndarray, tokens: np.ndarray, places: np.ndarray, packs: int, tokens_per_pack: int
+    costs: np.ndarray, tokens: np.ndarray, localities: np.ndarray, packs: int, tokens_per_pack: int
 ) -> tuple[list[list[int]], int]:
     """All samples given to packs, the most expensive first, each to the pack with the least work that has
     room; and the tokens of those that found none (then the packs are of no use)."""
@@ -65,7 +67,7 @@ def _assign(
     room = [tokens_per_pack] * packs
     heap = [(0.0, pack) for pack in range(packs)]
     left_over = 0
-    for cost, size, piece in _pieces(costs, tokens, places, packs):
+    for cost, size, piece in _pieces(costs, tokens, localities, packs):
         passed = []
         while heap and room[heap[0][1]] < size:
             passed.append(heapq.heappop(heap))
@@ -82,28 +84,28 @@ def _assign(
 
 
 def _pieces(
-    costs: np.ndarray, tokens: np.ndarray, places: np.ndarray, packs: int
+    costs: np.ndarray, tokens: np.ndarray, localities: np.ndarray, packs: int
 ) -> list[tuple[float, int, list[int]]]:
     """(cost, tokens, positions) of what is assigned as one, the most expensive first.
 
-    Samples of one row group stay together, up to an eighth of a pack, so that it is read by few workers. The
+    Samples of one locality stay together, up to an eighth of a pack, so that it is read by few workers. The
     last samples, some for each pack, are pieces of their own: they even out the loads.
     """
     count = len(costs)
     coarse = max(0, count - _FINE_SAMPLES * packs)
     most = costs.sum() / packs / _PIECE_SHARE
-    order = np.argsort(places[:coarse], kind="stable").tolist()
+    order = np.argsort(localities[:coarse], kind="stable").tolist()
     pieces: list[tuple[float, int, list[int]]] = []
     cost_of, tokens_of = costs.tolist(), tokens.tolist()
-    for _, group in groupby(order, key=places.tolist().__getitem__):
+    for _, group in groupby(order, key=localities.tolist().__getitem__):
         cost, size, piece = 0.0, 0, list[int]()
-        for one in group:
-            if piece and cost + cost_of[one] > most:
+        for number in group:
+            if piece and cost + cost_of[number] > most:
                 pieces.append((cost, size, piece))
                 cost, size, piece = 0.0, 0, []
-            cost, size = cost + cost_of[one], size + tokens_of[one]
-            piece.append(one)
+            cost, size = cost + cost_of[number], size + tokens_of[number]
+            piece.append(number)
         pieces.append((cost, size, piece))
-    pieces += [(cost_of[one], tokens_of[one], [one]) for one in range(coarse, count)]
+    pieces += [(cost_of[number], tokens_of[number], [number]) for number in range(coarse, count)]
     pieces.sort(key=lambda piece: (-piece[0], piece[2][0]))
     return pieces

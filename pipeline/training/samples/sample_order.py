@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from model import flops
 from pipeline.store import hashing, schema
@@ -20,20 +19,9 @@ from pipeline.training.samples import pack_balance
 _WINDOW_TOKENS = 2**21  # of 256 bytes each
 
 
-def of_files(index: pa.Table, files: list[str]) -> pa.Table:
-    """The rows that lie in these files of latents/; ValueError if a file is gone."""
-    gone = sorted(set(files) - set(index["file"].unique().to_pylist()))
-    if gone:
-        raise ValueError(
-            f"data: latents/ lacks {len(gone)} files that this stage began with ({gone[0]}, ...); put them "
-            "back, or give another output to begin anew"
-        )
-    return index.filter(pc.is_in(index["file"], pa.array(files)))
-
-
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-    """One sample of the endless stream: a row of the index in one epoch."""
+class ScheduledSample:
+    """One sample of the endless stream: a row of the sample table in one epoch."""
 
     row: dict[str, Any]
     epoch: int
@@ -46,22 +34,22 @@ class Drawn:
 class SampleStream:
     """The endless order of samples: each epoch is an order by (seed, epoch), the next follows on.
 
-    Row groups are shuffled, then samples within windows of some 512 MB of latents, which a reader keeps: so
-    it reads each row group about once. A small data set is one window. (Row groups are random samples of all
-    the data already, since shards are assigned by hash.)
+    Localities are shuffled, then samples within windows of some 512 MB of latents, which a reader keeps: so
+    it reads each locality about once. A small data set is one window. (Localities are random samples of all
+    the data already, since precompute assigns samples to its files by hash.)
     """
 
     def __init__(self, rows: pa.Table, seed: int, model: flops.Config) -> None:
-        """rows: of the index, at least one. model: the network whose operations are a sample's cost."""
+        """rows: of the sample table, at least one, in its order. model: whose FLOPs are a sample's cost."""
         assert rows.num_rows
-        self.rows = rows.sort_by([(key, "ascending") for key in ("file", "row_group", "row")])
+        self.rows = rows
         self.seed, self.model = seed, model
         self.tokens = _numbers(self.rows, "video_tokens")
         self.mean_tokens = float(self.tokens.mean())
-        files = self.rows["file"].combine_chunks().dictionary_encode().indices.to_numpy()
-        edges = (np.diff(files) != 0) | (np.diff(_numbers(self.rows, "row_group")) != 0)
-        self.row_groups = np.concatenate([[0], np.cumsum(edges)])
-        """(rows,) number of the row group that each row lies in."""
+        steps = np.diff(_numbers(rows, "locality"))
+        assert (steps >= 0).all(), "the rows are not in the sample table's order"
+        self.localities = np.concatenate([[0], np.cumsum(steps != 0)])
+        """(rows,) number of the locality that each row lies in, without gaps."""
         self._shapes = np.stack([_numbers(self.rows, k) for k in ("num_frames", "height", "width")], axis=1)
         self._text_tokens = _numbers(self.rows, "text_tokens")
         self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -74,11 +62,11 @@ class SampleStream:
         """(samples,) row numbers of one epoch."""
         if epoch not in self._orders:
             draw = np.random.default_rng(hashing.stable_hash(self.seed, "epoch", epoch))
-            turns = draw.permutation(self.row_groups[-1] + 1)  # of each row group
+            turns = draw.permutation(self.localities[-1] + 1)  # of each locality
             sizes = np.zeros(len(turns), np.int64)
-            np.add.at(sizes, turns[self.row_groups], self.tokens)
+            np.add.at(sizes, turns[self.localities], self.tokens)
             windows = np.cumsum(sizes) // _WINDOW_TOKENS  # by turn
-            self._orders[epoch] = np.argsort(windows[turns[self.row_groups]] + draw.random(len(self)))
+            self._orders[epoch] = np.argsort(windows[turns[self.localities]] + draw.random(len(self)))
             while len(self._orders) > 2:  # a step may lie across two
                 self._orders.popitem(last=False)
         return self._orders[epoch]
@@ -93,14 +81,14 @@ class SampleStream:
         return np.concatenate(parts)
 
     def costs(self, numbers: np.ndarray) -> np.ndarray:
-        """Counted operations of these rows' forward passes, nothing of their text dropped."""
-        found = np.array([_cost_by_text(self.model, *shape) for shape in self._shapes[numbers].tolist()])
+        """FLOPs of these rows' forward passes, nothing of their text dropped."""
+        by_text = np.array([_flops_by_text(self.model, *shape) for shape in self._shapes[numbers].tolist()])
         text_tokens = self._text_tokens[numbers].astype(np.float64)
-        return found[:, 0] + found[:, 1] * text_tokens + found[:, 2] * text_tokens**2
+        return by_text[:, 0] + by_text[:, 1] * text_tokens + by_text[:, 2] * text_tokens**2
 
-    def __getitem__(self, position: int) -> Drawn:
+    def __getitem__(self, position: int) -> ScheduledSample:
         epoch, within = divmod(position, len(self))
-        return Drawn(self.rows.slice(self.order(epoch)[within], 1).to_pylist()[0], epoch)
+        return ScheduledSample(self.rows.slice(self.order(epoch)[within], 1).to_pylist()[0], epoch)
 
 
 def _numbers(table: pa.Table, column: str) -> np.ndarray:
@@ -108,12 +96,12 @@ def _numbers(table: pa.Table, column: str) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=2**16)
-def _cost_by_text(model: flops.Config, frames: int, height: int, width: int) -> tuple[float, ...]:
-    """A sample's operations as a polynomial of its text tokens, of degree 2: three counts tell it exactly."""
+def _flops_by_text(model: flops.Config, frames: int, height: int, width: int) -> tuple[float, ...]:
+    """A sample's FLOPs as a polynomial of its text tokens, of degree 2: three counts tell it exactly."""
     shape = schema.latent_shape(frames, height, width)
-    none, one, two = (flops.forward_operations(model, shape, n).total for n in (0, 1, 2))
-    square = (two - 2 * one + none) / 2
-    return float(none), one - none - square, square
+    at_0, at_1, at_2 = (flops.forward_flops(model, shape, tokens).total for tokens in range(3))
+    square = (at_2 - 2 * at_1 + at_0) / 2
+    return float(at_0), at_1 - at_0 - square, square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +111,7 @@ class PackedStep:
     packs: list[list[int]]
     """positions in the stream"""
     costs: list[float]
-    """counted operations of each pack's forward pass"""
+    """FLOPs of each pack's forward pass"""
     next_position: int
     """of the stream, after the step"""
 
@@ -141,10 +129,10 @@ def pack_step(stream: SampleStream, position: int, packs_per_step: int, tokens_p
     numbers = stream.numbers(position, count)
     # One more than fit.
     numbers = numbers[: int(np.searchsorted(np.cumsum(stream.tokens[numbers]), budget, side="right")) + 1]
-    costs, tokens, places = stream.costs(numbers), stream.tokens[numbers], stream.row_groups[numbers]
-    packs = pack_balance.fill_packs(costs, tokens, places, packs_per_step, tokens_per_pack)
+    costs, tokens, localities = stream.costs(numbers), stream.tokens[numbers], stream.localities[numbers]
+    packs = pack_balance.fill_packs(costs, tokens, localities, packs_per_step, tokens_per_pack)
     return PackedStep(
-        [[position + one for one in pack] for pack in packs],
+        [[position + number for number in pack] for pack in packs],
         [float(costs[pack].sum()) for pack in packs],
         position + sum(map(len, packs)),
     )

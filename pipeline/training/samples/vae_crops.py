@@ -13,7 +13,8 @@ from torch import Tensor
 
 from degradations.recipe import RecipeConfig, apply, draw
 from pipeline.data import cropping
-from pipeline.store import hashing, schema, source_cache, storage
+from pipeline.data.kept_clips import kept_clips
+from pipeline.store import hashing, source_cache
 from pipeline.training.state import ranks
 from pipeline.video import decoding, pixel_range
 from pipeline.video.sandbox import MediaError, Sandbox
@@ -32,17 +33,6 @@ class CropPlan:
     degraded_recipe: RecipeConfig
     crops_per_read: int
     seed: int
-
-
-def kept_clips(data_url: str, split: str) -> list[dict[str, Any]]:
-    """The clips rows of one split, in a fixed order."""
-    clips = storage.read_folder(storage.join(data_url, schema.CLIPS))
-    selection = storage.read_folder(storage.join(data_url, schema.SELECTION))
-    if clips is None or selection is None:
-        raise ValueError(f"data: {data_url} has no clips/ or no selection/; run ingest and filter first")
-    kept = {row["clip_id"] for row in selection.to_pylist() if row["keep"] and row["split"] == split}
-    rows = sorted(clips.to_pylist(), key=lambda row: row["clip_id"])
-    return [row for row in rows if row["clip_id"] in kept]
 
 
 def fitting_clips(data_url: str, split: str, crop: cropping.Bucket) -> list[dict[str, Any]]:

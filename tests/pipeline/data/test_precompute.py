@@ -78,9 +78,10 @@ def test_the_index_tells_where_each_good_sample_stands(made):
     assert {row["sample_id"] for row in index} == {i for i, row in rows.items() if row["error"] is None}
     assert {row["split"] for row in index} == {"train", "held_out"}
     for row in index:
-        file = storage.path_of(storage.join(made, schema.LATENTS, row["file"]))
-        group = pq.ParquetFile(file).read_row_group(row["row_group"], columns=["sample_id"])
-        assert group.column("sample_id")[row["row"]].as_py() == row["sample_id"]
+        place = row["reference"]
+        file = storage.path_of(storage.join(made, schema.LATENTS, place["file"]))
+        group = pq.ParquetFile(file).read_row_group(place["row_group"], columns=["sample_id"])
+        assert group.column("sample_id")[place["row"]].as_py() == row["sample_id"]
         assert row["video_tokens"] == schema.video_tokens(row["num_frames"], row["height"], row["width"])
 
 

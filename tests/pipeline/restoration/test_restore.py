@@ -9,13 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+from model.denoise import Prompt
 from pipeline.restoration import restore
 from pipeline.restoration.restore import RestoreConfig, Restorer, Sampling
 from pipeline.store import storage
 from pipeline.video import decoding
 from pipeline.video.muxing import stamped_frames
 from pipeline.weights import weights_folder
-from pipeline.weights.backbones import OWN, Backbone, ModelConfig, Prompt
+from pipeline.weights.backbones import OWN, Backbone, ModelConfig
 from tests.helpers import tiny_models
 from tests.helpers.clips import MEDIA, cut_with_sound, make_video, packets
 

@@ -1,4 +1,4 @@
-"""The plan of a training: its memory is what autograd keeps, its operations and hours add up."""
+"""The plan of a training: its memory is what autograd keeps, its FLOPs and hours add up."""
 
 import dataclasses
 import subprocess
@@ -10,11 +10,12 @@ import torch
 
 from model.dit.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT
 from model.dit.swin_mmdit import TINY, SwinMMDiT, SwinMMDiTConfig
-from model.flops import Config, forward_operations
+from model.flops import Config, forward_flops
 from pipeline.data.cropping import Bucket
 from pipeline.runtime.job_config import parse
-from pipeline.training import cost_plan
-from pipeline.training.cost_plan import PlanConfig, Sample
+from pipeline.training import cost_plan, memory_cost
+from pipeline.training.cost_plan import PlanConfig
+from pipeline.training.memory_cost import Sample
 
 ROOT = Path(__file__).resolve().parents[3]
 NARROW: dict[str, Config] = {
@@ -57,7 +58,7 @@ def kept_bytes(config: Config, layers: int) -> int:
 def test_a_layer_keeps_what_autograd_keeps(name):
     config = NARROW[name]
     per_layer = (kept_bytes(config, 5) - kept_bytes(config, 3)) / 2  # one regular, one shifted; not the last
-    expected = 4 * sum(cost_plan.kept_values(config, sample, cuda=False)[0] for sample in PACK)
+    expected = 4 * sum(memory_cost.kept_values(config, sample, cuda=False)[0] for sample in PACK)
     # Norms' and softmax's statistics are not counted: 1% at this width, less at a true one.
     assert expected == pytest.approx(per_layer, rel=0.015)
 
@@ -98,7 +99,7 @@ def test_the_peak_of_a_training_step_is_as_planned(checkpointed):
     config = dataclasses.replace(paper().model or TINY, num_layers=4, num_heads=4, text_dim=64, pooled_dim=64)
     shapes, texts = [(6, 24, 48), (1, 64, 64), (3, 32, 48)], [58, 100, 154]
     pack = [Sample((t, h, w), t * h * w // 4, n) for (t, h, w), n in zip(shapes, texts, strict=True)]
-    expected = cost_plan.activation_bytes(config, pack, cuda=False, checkpointed=checkpointed)
+    expected = memory_cost.activation_bytes(config, pack, cuda=False, checkpointed=checkpointed)
     assert expected == pytest.approx(int(done.stdout), rel=0.15)
 
 
@@ -114,16 +115,16 @@ def test_the_papers_training_fits_and_costs_what_the_paper_says():
     assert all(one.over_six_parameters < 0.6 for one in plans)
 
 
-def test_hours_follow_from_operations():
+def test_hours_follow_from_flops():
     config = paper("--utilisation", "0.5", "--image_share", "0.5")
     stage = config.stages[2]
     found = cost_plan.plan_stage(config, stage, 1)
     model = cost_plan.shape_of(config)
-    video = forward_operations(model, (6, 96, 96), 154).total
-    image = forward_operations(model, (1, 96, 96), 154).total
+    video = forward_flops(model, (6, 96, 96), 154).total
+    image = forward_flops(model, (1, 96, 96), 154).total
     videos = (found.tokens_per_step - found.samples_per_step * 2304) / (13824 - 2304)
     counted = 3 * (videos * video + (found.samples_per_step - videos) * image)
-    assert found.operations_per_step == pytest.approx(counted, rel=1e-9)
+    assert found.flops_per_step == pytest.approx(counted, rel=1e-9)
     assert found.seconds_per_step == pytest.approx(counted / (256 * config.peak_tflops * 1e12 * 0.5))
     assert found.hours == pytest.approx(stage.steps * found.seconds_per_step / 3600)
 
@@ -131,15 +132,13 @@ def test_hours_follow_from_operations():
 def test_zero_shards_what_it_says():
     config = paper()
     by_stage = {
-        zero: cost_plan.fixed_memory(
-            dataclasses.replace(config, scale=dataclasses.replace(config.scale, zero_stage=zero)), 10**9
-        )
+        zero: memory_cost.fixed_memory(dataclasses.replace(config.scale, zero_stage=zero), 10**9)
         for zero in (1, 2)
     }
     assert by_stage[1].gradients == 2e9 == 256 * by_stage[2].gradients
     assert by_stage[1].weights == by_stage[2].weights == 2e9
     assert by_stage[1].optimiser == 12e9 / 256
-    on_host = cost_plan.fixed_memory(paper("--scale.offload_optimiser", "true"), 10**9)
+    on_host = memory_cost.fixed_memory(paper("--scale.offload_optimiser", "true").scale, 10**9)
     assert on_host.optimiser == on_host.moving_average == 0
     assert on_host.gradients == by_stage[2].gradients
 

@@ -28,6 +28,8 @@ from pipeline.store import schema, storage
 from pipeline.training import convert
 from pipeline.training.runs import train_dit, trainer
 from pipeline.training.samples import latent_reader
+from pipeline.training.samples.batch import training_sample
+from pipeline.training.samples.sample_order import ScheduledSample
 from pipeline.video import decoding, encoding
 from pipeline.weights import backbones, weights_folder
 from pipeline.weights.backbones import ModelConfig
@@ -220,8 +222,8 @@ def test_the_fixed_prompt_is_by_reference_and_negative_when_dropped(data, model_
     for drops, expected in (((False, True, True), positive), ((True, True, True), negative)):
         tokens, pooled = reader.prompt(index[0]["clip_id"], drops)
         assert torch.equal(tokens, expected) and len(pooled) == 0
-    drawn = [latent_reader.Drawn(index[0], epoch) for epoch in range(100)]
-    lengths = [len(latent_reader.training_sample(reader, one, seed=0)["text"]) for one in drawn]
+    scheduled = [ScheduledSample(index[0], epoch) for epoch in range(100)]
+    lengths = [len(training_sample(reader, sample, seed=0).text) for sample in scheduled]
     assert 2 <= lengths.count(7) <= 25  # P_DROP^3 is a tenth
 
 

@@ -4,7 +4,8 @@ import torch
 
 from model.flow import MAX_TIME
 from pipeline.training.objectives import one_step_loss
-from pipeline.training.samples import latent_reader
+from pipeline.training.samples.batch import Batch, training_sample
+from pipeline.training.samples.sample_order import ScheduledSample
 from pipeline.weights import weights_folder
 from tests.helpers.tiny_models import save_vae
 
@@ -23,11 +24,9 @@ class Reader:
         return torch.zeros(1, 8), torch.zeros(4)
 
 
-def sample(number: int, share: float) -> dict:
-    drawn = latent_reader.Drawn(
-        {"sample_id": str(number), "clip_id": "a", "bucket": "b", "video_tokens": 8}, 0
-    )
-    return latent_reader.training_sample(Reader(), drawn, seed=0, one_step_share=share)
+def sample(number: int, share: float) -> Batch:
+    row = {"sample_id": str(number), "clip_id": "a", "bucket": "b", "video_tokens": 8}
+    return training_sample(Reader(), ScheduledSample(row, 0), seed=0, one_step_share=share)
 
 
 def test_a_share_of_the_samples_is_pure_noise_beside_a_clean_condition():
@@ -35,21 +34,24 @@ def test_a_share_of_the_samples_is_pure_noise_beside_a_clean_condition():
     for number in range(200):
         usual, drawn = sample(number, 0.0), sample(number, 0.3)
         hq, lq = (latent.flatten(0, 2) for latent in Reader().latents({"sample_id": str(number)}))
-        if drawn["timestep"] == MAX_TIME:
+        if drawn.timestep == MAX_TIME:
             taken += 1
-            torch.testing.assert_close(drawn["video"][:, :16] - drawn["target"], hq)
-            assert torch.equal(drawn["video"][:, 16:32], lq) and (drawn["video"][:, 32] == 1).all()
+            torch.testing.assert_close(drawn.video[:, :16] - drawn.target, hq)
+            assert torch.equal(drawn.video[:, :16], drawn.noise) and torch.equal(drawn.noise, usual.noise)
+            assert torch.equal(drawn.video[:, 16:32], lq) and (drawn.video[:, 32] == 1).all()
         else:
-            assert torch.equal(drawn["video"], usual["video"])
-            assert torch.equal(drawn["timestep"], usual["timestep"])
+            assert torch.equal(drawn.video, usual.video)
+            assert torch.equal(drawn.timestep, usual.timestep)
     assert 40 < taken < 80
 
 
-def batch_at(times: list[float]) -> latent_reader.Batch:
+def batch_at(times: list[float]) -> Batch:
     torch.manual_seed(0)
-    return latent_reader.Batch(
-        video=torch.randn(ROWS, 33),
-        target=torch.randn(ROWS, 16),
+    data, noise, condition = (torch.randn(3, ROWS, 16) * 256).round() / 256  # noise - (noise - data) is data
+    return Batch(
+        data=data,
+        noise=noise,
+        condition=condition,
         text=torch.zeros(2, 4),
         pooled=torch.zeros(2, 4),
         video_shapes=SHAPES,

@@ -93,8 +93,11 @@ class Learner:
 
     def loss(self, generator: torch.Generator) -> Tensor:
         hq, lq = self.hq.repeat(COPIES, 1), self.lq.repeat(COPIES, 1)
-        batch = flow.training_batch(hq, lq, self.shapes * COPIES, generator)
-        return (self.velocity(batch.video, batch.time, COPIES) - batch.target).square().mean()
+        draws = flow.draw_training(lq, self.shapes * COPIES, generator)
+        times = flow.spread(draws.time, [t * h * w for t, h, w in self.shapes * COPIES])
+        video = flow.network_input(flow.interpolate(hq, draws.noise, times), draws.condition)
+        velocity = self.velocity(video, draws.time, COPIES)
+        return (velocity - flow.velocity(hq, draws.noise)).square().mean()
 
     @torch.no_grad()
     def mean_loss(self) -> float:

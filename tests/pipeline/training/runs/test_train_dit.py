@@ -26,6 +26,7 @@ from pipeline.data.cropping import Bucket
 from pipeline.store import storage
 from pipeline.training.runs import train_dit, trainer
 from pipeline.training.samples import latent_reader, sample_order
+from pipeline.training.samples.batch import collate, training_sample
 from pipeline.weights import weights_folder
 from tests.helpers.data_root import make_data_root
 from tests.helpers.processes import kill_tree
@@ -103,9 +104,9 @@ def plain_losses(config: train_dit.TrainDitConfig) -> list[float]:
         for number in range(stage.steps):
             packed = sample_order.pack_step(stream, position, config.packs_per_step, stage.tokens_per_pack)
             position = packed.next_position
-            whole = latent_reader.collate(
+            whole = collate(
                 [
-                    latent_reader.training_sample(reader, stream[one], config.seed)
+                    training_sample(reader, stream[one], config.seed)
                     for one in sum(packed.packs, [])  # noqa: RUF017
                 ]
             )

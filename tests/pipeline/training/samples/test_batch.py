@@ -2,14 +2,14 @@ import dataclasses
 
 import torch
 
-from pipeline.training.samples import latent_reader
+from pipeline.training.samples.batch import Batch, draw_generator
 
 
-def fake_batch(shapes, target) -> latent_reader.Batch:
-    rows = sum(t * h * w for t, h, w in shapes)
-    return latent_reader.Batch(
-        video=torch.zeros(rows, 33),
-        target=target,
+def fake_batch(shapes, target) -> Batch:
+    return Batch(
+        data=-target,
+        noise=torch.zeros_like(target),
+        condition=torch.zeros_like(target),
         text=torch.zeros(2, 4),
         pooled=torch.zeros(len(shapes), 4),
         video_shapes=shapes,
@@ -35,11 +35,23 @@ def test_the_loss_of_a_step_is_the_mean_over_its_samples_however_they_are_packed
 
 
 def test_a_samples_draws_do_not_depend_on_its_place():
-    one = torch.rand(4, generator=latent_reader.draw_generator(0, 2, "abc"))
-    again = torch.rand(4, generator=latent_reader.draw_generator(0, 2, "abc"))
+    one = torch.rand(4, generator=draw_generator(0, 2, "abc"))
+    again = torch.rand(4, generator=draw_generator(0, 2, "abc"))
     assert torch.equal(one, again)
     for other in [(1, 2, "abc"), (0, 3, "abc"), (0, 2, "abd")]:
-        assert not torch.equal(one, torch.rand(4, generator=latent_reader.draw_generator(*other)))
+        assert not torch.equal(one, torch.rand(4, generator=draw_generator(*other)))
+
+
+def test_a_batch_derives_input_and_target_from_what_it_carries():
+    torch.manual_seed(0)
+    shapes = [(1, 2, 2), (2, 4, 4)]
+    batch = fake_batch(shapes, torch.randn(36, 16))
+    batch.noise, batch.condition = torch.randn(36, 16), torch.randn(36, 16)
+    batch.timestep = torch.tensor([1000.0, 250.0])
+    assert torch.equal(batch.target, batch.noise - batch.data)
+    assert torch.equal(batch.video[:4, :16], batch.noise[:4])
+    torch.testing.assert_close(batch.video[4:, :16], 0.75 * batch.data[4:] + 0.25 * batch.noise[4:])
+    assert torch.equal(batch.video[:, 16:32], batch.condition) and (batch.video[:, 32] == 1).all()
 
 
 def test_batches_move_without_touching_the_target_dtype():

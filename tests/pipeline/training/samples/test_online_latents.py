@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from model.text import TINY_ENCODERS
-from pipeline.data import precompute, text_embeddings
+from pipeline.data import precompute
 from pipeline.data.cropping import Bucket
+from pipeline.data.kept_clips import KeptClips
+from pipeline.data.precompute import SampleConfig
 from pipeline.runtime import stage
 from pipeline.store import schema, storage
 from pipeline.training.runs import train_dit
@@ -26,14 +28,14 @@ def run_here(pending, task, name, concurrency=None, constructor_args=(), **resou
 
 
 @pytest.fixture(scope="module")
-def roots(tmp_path_factory) -> tuple[str, str, online_latents.OnlineConfig]:
+def roots(tmp_path_factory) -> tuple[str, str, SampleConfig]:
     """The same clips twice: with latents and, of the other, only clips/ and selection/."""
     vae = save_vae(tmp_path_factory.mktemp("vae"))
     urls = [
         make_data_root(tmp_path_factory.mktemp("data"), ["cup.mp4", "fig.jpg"], ["box.mp4", "cat.jpg"])
         for _ in range(2)
     ]
-    config = online_latents.OnlineConfig(vae=vae, buckets=BUCKETS, text=TINY_ENCODERS)
+    config = SampleConfig(vae=vae, buckets=BUCKETS, text=TINY_ENCODERS)
     stored = precompute.PrecomputeConfig(data=urls[0], vae=vae, text=TINY_ENCODERS, buckets=BUCKETS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "run_shards", run_here)
@@ -42,20 +44,20 @@ def roots(tmp_path_factory) -> tuple[str, str, online_latents.OnlineConfig]:
             "_prepared",
             lambda self, planned: ((one, precompute.prepare_sample(one, self.config)) for one in planned),
         )
-        kept, folder = text_embeddings.KeptClips(urls[0]), storage.join(urls[0], schema.LATENTS)
+        kept, folder = KeptClips(urls[0]), storage.join(urls[0], schema.LATENTS)
         precompute._make(stored, kept, folder, stage.Summary("precompute"))
-        online_latents.write_texts(config, urls[1], seed=0)
+        online_latents.write_texts(config, urls[1])
     return urls[0], urls[1], config
 
 
-def reader_of(url: str, config: online_latents.OnlineConfig) -> online_latents.OnlineReader:
+def reader_of(url: str, config: SampleConfig) -> online_latents.OnlineReader:
     return online_latents.OnlineReader(config, url, 0, torch.device("cpu"), torch.float32)
 
 
 def test_the_first_epoch_is_what_precompute_stores_and_later_ones_are_new(roots):
     stored_url, online_url, config = roots
     index = latent_reader.read_index(stored_url)
-    made = online_latents.index_of(online_latents.planned_samples(config, online_url, seed=0))
+    made = online_latents.sample_table(online_latents.planned_samples(config, online_url, seed=0))
     shared = ["sample_id", "clip_id", "split", "bucket", "video_tokens", "text_tokens"]
     assert sorted(made.select(shared).to_pylist(), key=str) == sorted(
         index.select(shared).to_pylist(), key=str

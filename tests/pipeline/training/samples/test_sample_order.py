@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from model.dit.swin_mmdit import SD3_MEDIUM
 from pipeline.store import hashing, schema
-from pipeline.training.samples import pack_balance, sample_order
+from pipeline.training.samples import latent_reader, pack_balance, sample_order
 from pipeline.training.samples.sample_order import SampleStream, pack_step
 from tests.helpers.tiny_models import DIT
 
@@ -37,7 +37,7 @@ def index(count: int, sizes=SIZES, rows_per_file: int = 8) -> pa.Table:
 
 
 def stream_of(rows: pa.Table, seed: int) -> SampleStream:
-    return SampleStream(rows, seed, DIT)
+    return SampleStream(latent_reader.sample_table(rows), seed, DIT)
 
 
 def take(stream, steps, packs_per_step=4, budget=600, position=0):
@@ -75,10 +75,42 @@ def test_large_data_is_read_row_group_by_row_group(monkeypatch):
     """Within a window that a reader keeps, and each window once."""
     monkeypatch.setattr(sample_order, "_WINDOW_TOKENS", 2000)
     stream = stream_of(index(400), seed=0)
-    groups = stream.row_groups[stream.numbers(0, 400)].tolist()
+    groups = stream.localities[stream.numbers(0, 400)].tolist()
     lengths = [max(i for i, g in enumerate(groups) if g == one) - groups.index(one) for one in set(groups)]
     assert max(lengths) < 60  # positions between the first and the last sample of a row group
     assert groups != sorted(groups)
+
+
+def test_the_order_and_the_packs_are_the_recorded_ones(monkeypatch):
+    """As version 0.1.0 drew them: checkpoints that it wrote go on in the same order."""
+    monkeypatch.setattr(sample_order, "_WINDOW_TOKENS", 500)
+    stream = stream_of(index(21), seed=5)
+    assert stream.numbers(0, 42).tolist() == [
+        *[5, 2, 3, 4, 14, 12, 0, 17, 16, 20, 15, 13, 1, 19, 18, 9, 8, 7, 6, 11, 10],
+        *[10, 0, 1, 11, 2, 3, 13, 15, 14, 12, 7, 20, 5, 4, 16, 6, 17, 9, 18, 8, 19],
+    ]
+    packs, position = [], 0
+    for _ in range(3):
+        packed = pack_step(stream, position, 2, 600)
+        packs.append(packed.packs)
+        position = packed.next_position
+    assert packs == [
+        [[2, 1, 11, 7, 5, 6], [10, 4, 0, 3, 12, 8, 9]],
+        [[13, 14, 18, 15], [17, 19, 16]],
+        [[26, 25, 20, 21], [24, 28, 27, 23, 22]],
+    ]
+
+
+def test_the_order_knows_nothing_of_files():
+    """A reference may be anything, and the numbers of localities may have gaps."""
+    rows = latent_reader.sample_table(index(41))
+    other = rows.drop_columns(["reference", "locality"])
+    other = other.append_column("reference", pa.array([f"anything {i}" for i in range(41)]))
+    other = other.append_column("locality", pa.array(7 * rows["locality"].to_numpy() + 3))
+    files, opaque = SampleStream(rows, 1, DIT), SampleStream(other, 1, DIT)
+    assert ids(opaque, 100) == ids(files, 100)
+    assert pack_step(opaque, 9, 4, 600) == pack_step(files, 9, 4, 600)
+    assert opaque[3].row["reference"].startswith("anything")
 
 
 def test_resuming_at_a_step_gives_the_steps_that_would_have_followed():
@@ -131,7 +163,7 @@ def paper_index(count: int) -> pa.Table:
 
 
 def test_ranks_get_equal_work_at_the_papers_scale():
-    stream = SampleStream(paper_index(100_000), 0, SD3_MEDIUM)
+    stream = SampleStream(latent_reader.sample_table(paper_index(100_000)), 0, SD3_MEDIUM)
     found, position = [], 0
     for _ in range(8):
         packed = pack_step(stream, position, packs_per_step=256, tokens_per_pack=151_000)
