@@ -89,11 +89,10 @@ class Listing:
                     yield row["path"], size or 0, row["etag"], row["labels"]
 
 
-def check_manifest(manifest: str) -> str:
-    """The manifest's checked URL; ValueError if its name has no known ending."""
-    if not manifest.endswith(_MANIFEST_ENDINGS):
-        raise ValueError(f"manifest: {manifest!r} ends in none of {', '.join(_MANIFEST_ENDINGS)}")
-    return storage.check_url(manifest, "manifest")
+def check_manifest(url: str) -> None:
+    """ValueError if the manifest's name has no known ending."""
+    if not url.endswith(_MANIFEST_ENDINGS):
+        raise ValueError(f"manifest: {url!r} ends in none of {', '.join(_MANIFEST_ENDINGS)}")
 
 
 def read_manifest(url: str) -> Iterator[dict[str, Any]]:

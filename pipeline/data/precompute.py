@@ -22,6 +22,7 @@ from model.vae.autoencoder import CausalVideoAutoencoder, posterior_noise
 from pipeline.data import cropping, precompute_cost, text_embeddings
 from pipeline.runtime import prometheus, stage, work_plan
 from pipeline.store import bf16_columns, hashing, schema, source_cache, storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding, pixel_range
 from pipeline.video.sandbox import MediaError
 from pipeline.video.sandbox import shared as shared_sandbox
@@ -48,9 +49,9 @@ _MEDIA_FIELDS = (
 class PrecomputeConfig:
     """What `jobs.precompute` reads."""
 
-    data: str
+    data: Url
     """absolute URL of the data root that holds clips/ and selection/; text/ and latents/ are written there"""
-    vae: str
+    vae: Url
     """URL of a folder of trained autoencoder weights, or of the released autoencoder's file"""
     buckets: list[cropping.Bucket]
     """sizes that samples are cropped to: one or more for each progressive stage, and 1-frame ones"""
@@ -88,8 +89,7 @@ class PrecomputeConfig:
     """set to true if `data` is file:// on a folder that every node mounts"""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", storage.check_url(self.data, "data"))
-        object.__setattr__(self, "vae", storage.check_url(self.vae, "vae"))
+        check_urls(self)
         if (self.text is None) == (self.fixed_text is None):
             raise ValueError("text, fixed_text: give exactly one of them")
         for key in ("variants", "samples_per_shard", "encode_actors", "samples_in_flight", "dry_run_samples"):

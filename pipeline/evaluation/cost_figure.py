@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.evaluation import comparison_tables
 from pipeline.store import storage
+from pipeline.store.urls import Url, check_urls
 
 RESULTS = "evaluation.json"
 _LEAST_AREA, _AREA_PER_ROOT_M = 40.0, 12.0
@@ -20,16 +21,15 @@ _LEAST_AREA, _AREA_PER_ROOT_M = 40.0, 12.0
 class FigureConfig:
     """What `jobs.figure` reads."""
 
-    evaluation: str
+    evaluation: Url
     """absolute URL of the folder that jobs.evaluate wrote"""
-    output: str
+    output: Url
     """absolute URL of the folder for figure1.png and figure1.md"""
     metric: str = "psnr_rgb"
     """the quality on the vertical axis, a column of the evaluation (the paper: dover_technical_x100)"""
 
     def __post_init__(self) -> None:
-        for key in ("evaluation", "output"):
-            object.__setattr__(self, key, storage.check_url(getattr(self, key), key))
+        check_urls(self)
         if self.metric not in comparison_tables.TITLES:
             raise ValueError(f"metric: {self.metric!r} is none of {', '.join(comparison_tables.TITLES)}")
 

@@ -32,6 +32,7 @@ from pipeline.restoration.restore import IMAGE_ENDINGS, MANIFEST, VIDEO_ENDINGS,
 from pipeline.restoration.restorer import reconstruct
 from pipeline.runtime import stage
 from pipeline.store import storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding
 from pipeline.video.sandbox import Sandbox
 from pipeline.weights import weights_folder
@@ -47,13 +48,13 @@ RESULTS = "evaluation"
 class EvaluateConfig:
     """What `jobs.evaluate` reads."""
 
-    methods: dict[str, str]
+    methods: dict[str, Url]
     """name of each method: absolute URL of the folder with its results, named as the truth's files"""
-    output: str
+    output: Url
     """absolute URL of the folder for evaluation.json, evaluation.md and evaluation.html"""
-    truth: str | None = None
+    truth: Url | None = None
     """absolute URL of the folder with the true videos and images (null: only metrics that need none)"""
-    reconstruct_with: str | None = None
+    reconstruct_with: Url | None = None
     """URL of autoencoder weights: what these make of the truth is one more method, the ceiling"""
     sequences: bool = False
     """a folder with images in it is one clip, of these frames in the order of their names"""
@@ -81,11 +82,7 @@ class EvaluateConfig:
     """set to true if file:// URLs here are on a folder that every node mounts"""
 
     def __post_init__(self) -> None:
-        for key in ("output", "truth", "reconstruct_with"):
-            if getattr(self, key) is not None:
-                storage.check_url(getattr(self, key), key)
-        for name, url in self.methods.items():
-            storage.check_url(url, f"methods.{name}")
+        check_urls(self)
         if not self.methods and not self.reconstruct_with:
             raise ValueError("methods: empty; name at least one folder of results")
         if CEILING in self.methods:
@@ -112,10 +109,9 @@ def media_files(url: str, sequences: bool = False) -> dict[str, list[str]]:
     """Videos and images below a folder: relative path without its ending -> URLs, one, or with `sequences`
     all images of a folder in the order of their names. Folders whose name begins with "_" are bookkeeping.
     ValueError for two files of one name."""
-    root = storage.check_url(url, "url")
     found: dict[str, list[str]] = {}
-    for file, _, _ in storage.list_files(root):
-        inner = file.removeprefix(root).lstrip("/")
+    for file, _, _ in storage.list_files(url):
+        inner = file.removeprefix(url).lstrip("/")
         name, ending = posixpath.splitext(inner)
         bookkeeping = any(part.startswith("_") for part in inner.split("/")[:-1])
         if bookkeeping or ending.lower() not in VIDEO_ENDINGS | IMAGE_ENDINGS:
@@ -341,7 +337,7 @@ def protocol(config: EvaluateConfig) -> dict[str, Any]:
 
 def models_of(url: str) -> dict[str, list[str]]:
     """The hashes of the models that made a folder, where restore's manifest is there."""
-    manifest = storage.join(storage.check_url(url, "methods"), MANIFEST)
+    manifest = storage.join(url, MANIFEST)
     rows = storage.read_json(manifest) if storage.exists(manifest) else []
     found: dict[str, list[str]] = {}
     for key in ("vae_sha256", "dit_sha256"):
@@ -388,7 +384,7 @@ def run(config: EvaluateConfig) -> stage.Summary:
             (item["result"] for item in dataset.take_all()), key=lambda row: (row["method"], row["clip"])
         )
         means = comparison_tables.means(rows, config.metrics)
-        costs = {name: peers.cost_of(storage.check_url(url, name)) for name, url in config.methods.items()}
+        costs = {name: peers.cost_of(url) for name, url in config.methods.items()}
         result = {"protocol": protocol(config), "means": means, "clips": rows, "costs": costs}
         storage.write_json(storage.join(config.output, f"{RESULTS}.json"), result)
         for ending, text in tables(config, result).items():

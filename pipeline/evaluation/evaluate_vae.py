@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import ray
@@ -31,6 +31,7 @@ from pipeline.metrics.psnr_ssim import full_reference_scores
 from pipeline.restoration.restorer import reconstruct
 from pipeline.runtime import stage
 from pipeline.store import storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding
 from pipeline.video.sandbox import Sandbox
 from pipeline.weights import weights_folder
@@ -60,21 +61,21 @@ cannot."""
 class EvaluateVaeConfig:
     """What `jobs.evaluate --task vae` reads."""
 
-    autoencoders: dict[str, str]
+    autoencoders: dict[str, Url]
     """name of each autoencoder: absolute URL of a weights folder that training wrote, of the released
     `ema_vae` file (.pth or .safetensors), or of a diffusers folder (config.json and safetensors)"""
-    clips: str
+    clips: Url
     """absolute URL of a folder with videos (lossless or lightly compressed ones tell most)"""
-    output: str
+    output: Url
     """absolute URL of the folder for vae_evaluation.json and vae_evaluation.md"""
     frames: int = 17
     """first frames of each clip that are used; 4n+1 needs no padding; a shorter clip is an error row"""
     size: list[int] = dataclasses.field(default_factory=list)
     """[height, width]: each frame is resized to cover it and cut to its centre (empty: as it is)"""
-    lpips: str = "none"
+    lpips: Url | Literal["none", "hub"] = "none"
     """none, hub (VGG16 and LPIPS's heads are downloaded once) or the absolute URL of a folder with
     vgg16-397923af.pth and vgg.pth"""
-    i3d: str | None = None
+    i3d: Url | None = None
     """absolute URL of `i3d_torchscript.pt` for rFVD (null: no rFVD). Loading TorchScript runs the program in
     the file: give only one whose origin you know"""
     workers: int = 1
@@ -89,13 +90,9 @@ class EvaluateVaeConfig:
     """set to true if file:// URLs here are on a folder that every node mounts"""
 
     def __post_init__(self) -> None:
-        for key in ("clips", "output", "i3d"):
-            if getattr(self, key) is not None:
-                storage.check_url(getattr(self, key), key)
+        check_urls(self)
         if not self.autoencoders:
             raise ValueError("autoencoders: empty; name at least one")
-        for name, url in self.autoencoders.items():
-            storage.check_url(url, f"autoencoders.{name}")
         for key in ("frames", "workers"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}: {getattr(self, key)}; it must be at least 1")
@@ -122,7 +119,7 @@ def load(url: str, device: torch.device | str) -> Autoencoder:
     """The autoencoder of a URL, whichever kind it is. ValueError if it is none."""
     with tempfile.TemporaryDirectory() as folder:
         if url.endswith((".pth", ".pt", ".safetensors")):
-            with storage.local_copy(storage.check_url(url, "autoencoders"), folder) as path:
+            with storage.local_copy(url, folder) as path:
                 return _ours(load_autoencoder(path).to(device))
         if not storage.exists(storage.join(url, CONFIG_FILE)):
             raise ValueError(
@@ -160,10 +157,9 @@ def _about(network: torch.nn.Module, time: int | None, space: int, channels: int
 
 def _local_folder(url: str, folder: str) -> Path:
     """The folder itself on a local disk, or a copy of its files in `folder`."""
-    root = storage.check_url(url, "autoencoders")
-    if root.startswith("file://"):
-        return Path(storage.path_of(root))
-    for file, _, _ in storage.list_files(root):
+    if url.startswith("file://"):
+        return Path(storage.path_of(url))
+    for file, _, _ in storage.list_files(url):
         with storage.local_copy(file, folder) as path:
             os.replace(path, os.path.join(folder, os.path.basename(file)))
     return Path(folder)
@@ -205,7 +201,7 @@ class Measure:
         if config.i3d is not None:
             with (
                 tempfile.TemporaryDirectory() as folder,
-                storage.local_copy(storage.check_url(config.i3d, "i3d"), folder) as path,
+                storage.local_copy(config.i3d, folder) as path,
             ):
                 self.features = frechet.VideoFeatures(path, self.device)
 

@@ -28,6 +28,7 @@ from pipeline.evaluation import baselines
 from pipeline.runtime.stage import proportional_memory
 from pipeline.store import storage
 from pipeline.store.schema import SUMMARY
+from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding, encoding
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,9 +41,9 @@ _SAMPLE_S = 0.2
 class PeerConfig:
     """What `jobs.peer` reads."""
 
-    input: str
+    input: Url
     """local folder with the low-quality clips"""
-    output: str
+    output: Url
     """local folder for the results, named as the inputs"""
     method: str | None = None
     """name of a command in configs/peers.yaml"""
@@ -56,8 +57,9 @@ class PeerConfig:
     """millions of parameters, for the table (null: as configs/peers.yaml says, or unknown)"""
 
     def __post_init__(self) -> None:
+        check_urls(self)
         for key in ("input", "output"):
-            if not storage.check_url(getattr(self, key), key).startswith("file://"):
+            if not getattr(self, key).startswith("file://"):
                 raise ValueError(f"{key}: commands read and write local folders, not {getattr(self, key)}")
         if (self.method is None) == (self.command is None):
             raise ValueError("give either method (a name in configs/peers.yaml) or command")
@@ -80,7 +82,7 @@ def known() -> dict[str, dict[str, Any]]:
 
 def run(config: PeerConfig) -> dict[str, Any]:
     """Run the command; its cost, which is also written. ValueError if it fails or leaves nothing."""
-    source, target = (storage.path_of(storage.check_url(url, "url")) for url in (config.input, config.output))
+    source, target = (storage.path_of(url) for url in (config.input, config.output))
     os.makedirs(target, exist_ok=True)
     values = {
         "input": shlex.quote(source),

@@ -19,6 +19,7 @@ from pipeline.restoration.restore_file import Encoding
 from pipeline.restoration.restorer import Sampling
 from pipeline.runtime import stage
 from pipeline.store import storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.training.runs import train_dit, trainer
 from pipeline.weights.backbones import ModelConfig
 
@@ -35,11 +36,11 @@ class WindowStudyConfig:
     """the run that is repeated; its windows and output are replaced"""
     windows: list[str]
     """window sizes in latent pixels, such as 5x64x64, 1x8x8, 3xfull (the paper's names)"""
-    output: str
+    output: Url
     """absolute URL; each run has a folder of its window's name there, the tables lie beside them"""
-    pairs: str | None = None
+    pairs: Url | None = None
     """absolute URL of a folder of jobs.pairs, to restore and measure (null: time and held-out loss only)"""
-    vae: str | None = None
+    vae: Url | None = None
     """URL of the autoencoder's weights, with `pairs`"""
     sampling: Sampling = dataclasses.field(default_factory=lambda: Sampling(steps=1))
     """how the pairs are restored"""
@@ -47,7 +48,7 @@ class WindowStudyConfig:
     """weights of learned metrics; the paper's table 4 is DOVER"""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "output", storage.check_url(self.output, "output"))
+        check_urls(self)
         if self.training.model is None:
             raise ValueError("training.model: the window is part of the shape; give a shape, not `initial`")
         if not self.windows:

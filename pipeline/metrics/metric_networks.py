@@ -8,7 +8,7 @@ Without weights a metric is left out and the result says so.
 import dataclasses
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from model import checkpoints
 from pipeline.store import storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.weights import weight_hashes
 from pipeline.weights.lpips_weights import HEADS_FILE, VGG_FILE, check_perceptual, load_perceptual
 
@@ -36,29 +37,29 @@ NEED_TRUTH = ("lpips", "dists")
 class LearnedMetrics:
     """Where the weights of the learned metrics are (null: the column is left out)."""
 
-    lpips: str | None = None
+    lpips: Url | Literal["hub"] | None = None
     """absolute URL of a folder with vgg16-397923af.pth (torchvision) and vgg.pth (lpips 0.1), or the word
     hub: both are downloaded once"""
-    dists: str | None = None
+    dists: Url | None = None
     """absolute URL of a folder with vgg16-397923af.pth and DISTS_pytorch's weights.pt"""
-    musiq: str | None = None
+    musiq: Url | None = None
     """absolute URL of one of Google's MUSIQ .npz files (koniq_ckpt.npz)"""
     clip_iqa: str | None = None
     """CLIP RN50 as a Hugging Face id (timm/resnet50_clip.openai) or an absolute folder that every node has"""
-    dover: str | None = None
+    dover: Url | None = None
     """absolute URL of DOVER.pth; its licence forbids commercial use"""
 
     def __post_init__(self) -> None:
+        check_urls(self, "learned.")
         if self.lpips is not None:
             check_perceptual(self.lpips, "learned.lpips")
         if self.dists is not None:
-            storage.check_url(self.dists, "learned.dists")
             for name in (VGG_FILE, DISTS_FILE):
                 if not storage.exists(storage.join(self.dists, name)):
                     raise ValueError(f"learned.dists: {self.dists} has no {name}")
         for key in ("musiq", "dover"):
             url = getattr(self, key)
-            if url is not None and not storage.exists(storage.check_url(url, f"learned.{key}")):
+            if url is not None and not storage.exists(url):
                 raise ValueError(f"learned.{key}: there is no file {url}")
 
     @property

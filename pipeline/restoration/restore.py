@@ -32,6 +32,7 @@ from pipeline.restoration.restorer import STEPS_OF_WORK, Restorer, Sampling
 from pipeline.restoration.resume import Segments
 from pipeline.runtime import stage
 from pipeline.store import hashing, storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding
 from pipeline.video.sandbox import Sandbox
 from pipeline.weights import backbones
@@ -53,9 +54,9 @@ _MAX_SIDE_PX = 16384
 class RestoreConfig:
     """What `jobs.restore` reads."""
 
-    input: str | list[str]
+    input: Url | list[Url]
     """absolute URL of a file or a folder (every video and image below), or a list of them"""
-    output: str
+    output: Url
     """absolute URL of the folder for the results, which keep their path relative to their input folder"""
     model: backbones.ModelConfig
     """the transformer, ours or a released one, and the autoencoder"""
@@ -91,9 +92,9 @@ class RestoreConfig:
     """set to true if file:// URLs here are on a folder that every node mounts"""
 
     def __post_init__(self) -> None:
+        check_urls(self)
         if not self.inputs:
             raise ValueError("input: empty; give at least one file or folder")
-        storage.check_url(self.output, "output")
         if self.sampling.schedule(self.model.schedule).guidance_scale != 1 and not self.model.can_guide:
             needed = "model.positive" if self.model.positive is None else "model.negative"
             raise ValueError(f"sampling.guidance_scale: guidance needs {needed}, a file of text embeddings")
@@ -108,9 +109,8 @@ class RestoreConfig:
 
     @property
     def inputs(self) -> list[str]:
-        """The input URLs, checked."""
-        given = [self.input] if isinstance(self.input, str) else self.input
-        return [storage.check_url(url, "input") for url in given]
+        """The input URLs."""
+        return [self.input] if isinstance(self.input, str) else self.input
 
     @property
     def targets(self) -> tuple[object, ...]:

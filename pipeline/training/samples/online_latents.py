@@ -16,6 +16,7 @@ from torch import Tensor
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig
 from pipeline.data import cropping, precompute, text_embeddings
 from pipeline.store import bf16_columns, hashing, schema, storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.training.samples import latent_reader
 from pipeline.weights import weights_folder
 
@@ -24,7 +25,7 @@ from pipeline.weights import weights_folder
 class OnlineConfig:
     """What precompute would have been told."""
 
-    vae: str
+    vae: Url
     """URL of a folder of trained autoencoder weights, or of the released autoencoder's file"""
     buckets: list[cropping.Bucket]
     """sizes that samples are cropped to"""
@@ -40,6 +41,7 @@ class OnlineConfig:
     """degradations of images"""
 
     def __post_init__(self) -> None:
+        check_urls(self, "online.")
         self.precompute("file:///", 0)  # checks all of it
 
     def precompute(self, data_url: str, seed: int) -> precompute.PrecomputeConfig:
