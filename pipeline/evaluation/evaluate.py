@@ -28,12 +28,13 @@ from pipeline.metrics import niqe
 from pipeline.metrics.metric_networks import LearnedMetrics, Networks
 from pipeline.metrics.psnr_ssim import full_reference_scores
 from pipeline.metrics.warping import warping_error
-from pipeline.restoration.restore import IMAGE_ENDINGS, MANIFEST, VIDEO_ENDINGS, natural_order
+from pipeline.restoration.restore import MANIFEST
 from pipeline.restoration.restorer import reconstruct
 from pipeline.runtime import stage
 from pipeline.store import storage
 from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding
+from pipeline.video.formats import IMAGE_ENDINGS, MEDIA_ENDINGS, ending_of, natural_order
 from pipeline.video.sandbox import Sandbox
 from pipeline.weights import weights_folder
 
@@ -112,12 +113,12 @@ def media_files(url: str, sequences: bool = False) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for file, _, _ in storage.list_files(url):
         inner = file.removeprefix(url).lstrip("/")
-        name, ending = posixpath.splitext(inner)
+        name, ending = posixpath.splitext(inner)[0], ending_of(inner)
         bookkeeping = any(part.startswith("_") for part in inner.split("/")[:-1])
-        if bookkeeping or ending.lower() not in VIDEO_ENDINGS | IMAGE_ENDINGS:
+        if bookkeeping or ending not in MEDIA_ENDINGS:
             continue
         folder = posixpath.dirname(inner)
-        if sequences and folder and ending.lower() in IMAGE_ENDINGS:
+        if sequences and folder and ending in IMAGE_ENDINGS:
             found.setdefault(folder, []).append(file)
         elif name in found:
             raise ValueError(f"{file}: {found[name][0]} has the same name; which of them is to be measured?")

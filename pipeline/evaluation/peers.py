@@ -23,13 +23,13 @@ import numpy as np
 import psutil
 import yaml
 
-from pipeline.data.discovery import IMAGE_ENDINGS, VIDEO_ENDINGS
 from pipeline.evaluation import baselines
 from pipeline.runtime.stage import proportional_memory
 from pipeline.store import storage
 from pipeline.store.schema import SUMMARY
 from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding, encoding
+from pipeline.video.formats import MEDIA_ENDINGS, ending_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS_FILE = ROOT / "configs" / "peers.yaml"
@@ -157,8 +157,11 @@ def clips(folder: Path) -> Iterator[Path]:
     """Every video and image of a folder that is not bookkeeping."""
     for file in sorted(folder.rglob("*")):
         inner = file.relative_to(folder)
-        known_ending = file.suffix.lower() in (*VIDEO_ENDINGS, *IMAGE_ENDINGS)
-        if file.is_file() and known_ending and not any(part[0] in "_." for part in inner.parts):
+        if (
+            file.is_file()
+            and ending_of(file.name) in MEDIA_ENDINGS
+            and not any(part[0] in "_." for part in inner.parts)
+        ):
             yield file
 
 

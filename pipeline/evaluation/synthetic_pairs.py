@@ -20,11 +20,11 @@ import numpy as np
 import ray
 
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, draw, to_json
-from pipeline.data.discovery import IMAGE_ENDINGS, VIDEO_ENDINGS
 from pipeline.runtime import stage
 from pipeline.store import hashing, schema, source_cache, storage
 from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding, encoding
+from pipeline.video.formats import MEDIA_ENDINGS, ending_of
 from pipeline.video.sandbox import shared as shared_sandbox
 
 HQ, LQ, MANIFEST, RECORDS, SETTINGS = "hq", "lq", "manifest.json", "_records", "_settings.json"
@@ -84,7 +84,7 @@ def clip_rows(config: PairsConfig) -> list[dict[str, Any]]:
         rows = [
             {"clip_id": hashing.stable_id(url.removeprefix(config.folder).lstrip("/"), size), "uri": url}
             for url, size, _ in storage.list_files(config.folder)
-            if os.path.splitext(url)[1].lower() in (*VIDEO_ENDINGS, *IMAGE_ENDINGS)
+            if ending_of(url) in MEDIA_ENDINGS
         ]
     else:
         assert config.data is not None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.data import discovery
 from pipeline.restoration import restore
 from pipeline.restoration.restore import RestoreConfig, Restorer, Sampling
 from pipeline.store import storage
@@ -250,6 +251,18 @@ def test_running_again_does_only_what_is_missing(job):
     assert summary.already_done == 4 and summary.rows_in == 6 and summary.errors == 1
     assert lost.read_bytes() == before
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if path != lost)
+
+
+def test_whatever_ingest_takes_is_restored_and_the_rest_is_named(tmp_path: Path, capsys):
+    taken = [f"a{ending}" for ending in (".3gp", ".asf", ".ivf", ".m2ts", ".MTS", ".vob", ".wmv", ".png")]
+    for name in (*taken, "notes.txt", "more.txt", "README"):
+        (tmp_path / name).write_bytes(b"x")
+    config = RestoreConfig(input=str(tmp_path), output="/out", model=MODEL)
+    assert sorted(row["input"].rsplit("/")[-1] for row in restore.list_inputs(config)) == sorted(taken)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("left out: 3 files") and "2 .txt" in line and "1 without an ending" in line
+    listing = discovery.Listing(f"file://{tmp_path}", "file:///out", [], None)
+    assert sorted(row["path"] for row in listing) == sorted(taken) and listing.ignored == 1
 
 
 def test_two_inputs_of_one_name_do_not_overwrite_each_other(tmp_path: Path):
