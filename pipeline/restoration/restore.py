@@ -19,15 +19,16 @@ from pipeline.restoration import inputs, preview_page
 from pipeline.restoration.memory_plan import free_gib, is_out_of_memory, plan_memory, step_down
 from pipeline.restoration.restore_file import (
     Encoding,
-    Source,
+    SourceVideo,
     Target,
+    VideoJob,
     open_sequence,
     open_video,
     restore_image,
     restore_video,
 )
 from pipeline.restoration.restorer import STEPS_OF_WORK, Restorer, Sampling
-from pipeline.restoration.resume import Segments
+from pipeline.restoration.resume import RestoredParts
 from pipeline.runtime import stage
 from pipeline.store import hashing, storage
 from pipeline.store.urls import Url, check_urls
@@ -138,7 +139,7 @@ def list_inputs(config: RestoreConfig) -> list[dict[str, Any]]:
 
 
 def target_of(config: RestoreConfig, row: dict[str, Any]) -> Target:
-    """Where a row's result goes, and its segments and preview meanwhile."""
+    """Where a row's result goes, and its parts and preview meanwhile."""
     number = hashing.stable_id(row["name"])
     preview = storage.join(config.output, preview_page.FOLDER, number) if row["preview"] else None
     return Target(
@@ -233,11 +234,11 @@ class RestoreActor:
         return {**facts, "seconds_in": parts}
 
     def within_memory(
-        self, row: dict[str, Any], source: Source, size: tuple[int, int], folder: str
+        self, row: dict[str, Any], source: SourceVideo, size: tuple[int, int], folder: str
     ) -> dict[str, Any]:
         """Restore by the plan for this size; where memory runs out all the same, by the next smaller one.
 
-        The plan is kept beside the segments: a job that goes on with a file follows it too, whatever is free
+        The plan is kept beside the parts: a job that goes on with a file follows it too, whatever is free
         then, since the length of the chunks shows in the result.
         """
         target = target_of(self.config, row)
@@ -264,20 +265,19 @@ class RestoreActor:
             torch.cuda.empty_cache()  # outside of `except`: the error holds what was allocated
 
     def by_plan(
-        self, row: dict[str, Any], source: Source, size: tuple[int, int], target: Target, folder: str
+        self, row: dict[str, Any], source: SourceVideo, size: tuple[int, int], target: Target, folder: str
     ) -> dict[str, Any]:
         """Restore by the restorer's plan."""
         if source.about.media == "image":
             assert source.path is not None
             return restore_image(self.restorer, source.path, size, target, self.sandbox)
         plan = dataclasses.asdict(self.restorer.plan) if self.restorer.plan else {}
-        segments = Segments(target.parts, hashing.fingerprint(row=row["fingerprint"], plan=plan), folder)
-        encoding = self.config.encoding
-        state = segments.load()
+        parts = RestoredParts(target.parts, hashing.fingerprint(row=row["fingerprint"], plan=plan), folder)
+        state = parts.load()
         storage.write_json(storage.join(target.parts, PLAN), {**plan, "fingerprint": row["fingerprint"]})
-        return restore_video(
-            self.restorer, source, size, encoding, target, segments, state, self.sandbox, folder
-        )
+        encoding = self.config.encoding
+        job = VideoJob(self.restorer, source, size, encoding, target, parts, self.sandbox, folder)
+        return restore_video(job, state)
 
 
 def run(config: RestoreConfig) -> stage.Summary:

@@ -11,9 +11,9 @@ from PIL import Image
 
 from pipeline.data import discovery
 from pipeline.restoration import restore
-from pipeline.restoration.restore import RestoreConfig, Restorer, Sampling
+from pipeline.restoration.restore import Encoding, RestoreConfig, Restorer, Sampling
 from pipeline.store import storage
-from pipeline.video import decoding
+from pipeline.video import decoding, encoding
 from pipeline.video.muxing import stamped_frames
 from pipeline.weights import weights_folder
 from pipeline.weights.backbones import OWN, Backbone, ModelConfig, Prompt
@@ -291,6 +291,20 @@ def test_wrong_configs_name_their_key(wrong: dict, message: str):
     good = {"input": "file:///in", "output": "file:///out", "model": MODEL}
     with pytest.raises(ValueError, match=message):
         RestoreConfig(**{**good, **wrong})
+
+
+def test_an_entry_in_the_table_of_codecs_is_a_codec(tmp_path: Path, monkeypatch, frames: list[np.ndarray]):
+    """With no other change, videos are written in it, in the container that it says."""
+    with pytest.raises(ValueError, match=r"encoding\.codec: 'mpeg4' is none of h264, prores, ffv1, png"):
+        Encoding(codec="mpeg4")
+    entry = encoding.Codec("mpeg4", lambda bits, odd: "yuv420p", always_deep=True, ending="mkv")
+    monkeypatch.setitem(encoding.CODECS, "mpeg4", entry)
+    how = Encoding(codec="mpeg4")
+    assert how.endings[0] == "mkv" and how.deep
+    with encoding.VideoWriter(str(tmp_path / "a.mkv"), 25, 53, 37, codec=how.codec) as out:
+        out.write(frames[0])
+    about = decoding.probe(str(tmp_path / "a.mkv"))
+    assert (about.codec, about.bit_depth, about.width) == ("mpeg4", 8, 53)
 
 
 def test_target_sizes():
