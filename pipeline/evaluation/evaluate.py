@@ -29,7 +29,7 @@ from pipeline.metrics.metric_networks import LearnedMetrics, Networks
 from pipeline.metrics.psnr_ssim import full_reference_scores
 from pipeline.metrics.warping import warping_error
 from pipeline.restoration.restore import MANIFEST
-from pipeline.restoration.restorer import reconstruct
+from pipeline.restoration.reconstruction import reconstruct
 from pipeline.runtime import stage
 from pipeline.store import storage
 from pipeline.store.urls import Url, check_urls

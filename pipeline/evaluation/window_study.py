@@ -16,7 +16,7 @@ from pipeline.evaluation import comparison_tables, evaluate, published, syntheti
 from pipeline.metrics.metric_networks import LearnedMetrics
 from pipeline.restoration import restore
 from pipeline.restoration.restore_file import Encoding
-from pipeline.restoration.restorer import Sampling
+from pipeline.restoration.sampling_config import Sampling
 from pipeline.runtime import stage
 from pipeline.store import storage
 from pipeline.store.urls import Url, check_urls

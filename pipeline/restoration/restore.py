@@ -27,8 +27,9 @@ from pipeline.restoration.restore_file import (
     restore_image,
     restore_video,
 )
-from pipeline.restoration.restorer import STEPS_OF_WORK, Restorer, Sampling
+from pipeline.restoration.restorer import STEPS_OF_WORK, Restorer
 from pipeline.restoration.resume import RestoredParts
+from pipeline.restoration.sampling_config import Sampling
 from pipeline.runtime import stage
 from pipeline.store import hashing, storage
 from pipeline.store.urls import Url, check_urls

@@ -169,7 +169,9 @@ def load_transformer(
         return checkpoints.load_backbone(path, shape, dtype, device).requires_grad_(False), None
 
 
-def load_backbone(config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> Backbone:
+def load_with_prompts(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Backbone:
     """The transformer of a restoration with its prompts."""
     network, carried = load_transformer(BackboneConfig(config.weights, config.kind), dtype, device)
     positive = read_prompt(config.positive) if config.positive else None
