@@ -24,12 +24,10 @@ from torch import Tensor
 
 from model import preprocess
 from pipeline.evaluation import benchmark_sets, comparison_tables, peers, published
-from pipeline.metrics import niqe
+from pipeline.metrics import metric_table
 from pipeline.metrics.metric_networks import LearnedMetrics, Networks
-from pipeline.metrics.psnr_ssim import full_reference_scores
-from pipeline.metrics.warping import warping_error
-from pipeline.restoration.restore import MANIFEST
 from pipeline.restoration.reconstruction import reconstruct
+from pipeline.restoration.restore import MANIFEST
 from pipeline.runtime import stage
 from pipeline.store import storage
 from pipeline.store.urls import Url, check_urls
@@ -39,9 +37,7 @@ from pipeline.video.sandbox import Sandbox
 from pipeline.weights import weights_folder
 
 CEILING = "VAE(truth)"
-FULL_REFERENCE = ("psnr_rgb", "psnr_y", "ssim_rgb", "ssim_y")
-METRICS = (*FULL_REFERENCE, "niqe", "warping_error")
-"""What needs no weights."""
+METRICS = metric_table.WITHOUT_WEIGHTS
 RESULTS = "evaluation"
 
 
@@ -102,8 +98,9 @@ class EvaluateConfig:
     @property
     def metrics(self) -> tuple[str, ...]:
         """The columns of the tables, in their order."""
-        found = {*METRICS, *self.learned.columns(bool(self.truth))}
-        return tuple(name for name in comparison_tables.TITLES if name in found)
+        learned = self.learned.columns(bool(self.truth))
+        table = metric_table.METRICS.items()
+        return tuple(name for name, metric in table if metric.weights is None or name in learned)
 
 
 def media_files(url: str, sequences: bool = False) -> dict[str, list[str]]:
@@ -180,7 +177,7 @@ class Measure:
     def _scores(self, row: dict[str, Any]) -> dict[str, Any]:
         per_frame: list[dict[str, float | None]] = []
         shape: tuple[int, ...] = ()
-        before: tuple[np.ndarray, np.ndarray | None] | None = None
+        before: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             learned = self.networks.clip(self._measured_frames(row, folder))
@@ -190,7 +187,8 @@ class Measure:
                     break
                 if index % self.config.every == 0:
                     shape = frame.shape
-                    per_frame.append(self._frame_scores(frame, truth, before))
+                    pair = metric_table.FramePair(frame, truth, *before, self.config.border_px)
+                    per_frame.append(metric_table.frame_scores(pair))
                     learned.push(frame, truth)
                 before = (frame, truth)
         if not per_frame:
@@ -209,16 +207,6 @@ class Measure:
                 count = sum(1 for _ in read(self.reader, urls, folder, stack, max_side=64))
         count = -(-count // self.config.every)
         return count if self.config.max_frames is None else min(count, self.config.max_frames)
-
-    def _frame_scores(
-        self, frame: np.ndarray, truth: np.ndarray | None, before: tuple[np.ndarray, np.ndarray | None] | None
-    ) -> dict[str, float | None]:
-        scores: dict[str, float | None] = {"niqe": niqe_or_none(frame), "warping_error": None}
-        if truth is not None:
-            scores |= full_reference_scores(frame, truth, self.config.border_px)
-        if before is not None:
-            scores["warping_error"] = warping_error(before[0], frame, before[1], truth)
-        return scores
 
     def _pairs(
         self, row: dict[str, Any], folder: str, stack: ExitStack
@@ -286,12 +274,6 @@ def bicubic(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     pixels: Tensor = torch.from_numpy(frame).permute(2, 0, 1)[None].float() / 255
     resized = preprocess.resize(pixels, height, width)
     return (resized[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-
-
-def niqe_or_none(frame: np.ndarray) -> float | None:
-    """NIQE of a frame; None where the frame is too small or too flat for it."""
-    value = niqe.niqe(frame)
-    return None if value is None or not math.isfinite(value) else value
 
 
 def summarise(per_frame: list[dict[str, float | None]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from model.dit.windows import WindowSize
 from pipeline.evaluation import comparison_tables, evaluate, published, synthetic_pairs
+from pipeline.metrics import metric_table
 from pipeline.metrics.metric_networks import LearnedMetrics
 from pipeline.restoration import restore
 from pipeline.restoration.restore_file import Encoding
@@ -25,6 +26,8 @@ from pipeline.weights.backbones import ModelConfig
 
 RESULTS = "windows"
 _WARM_UP_STEPS = 3
+_OF_TRAINING = {"window", "seconds_per_iteration", "steps", "held_out_loss"}
+"""What a row has beside metrics."""
 _WINDOW = re.compile(r"(\d+)x(\d+|full)(?:x(\d+))?")
 
 
@@ -127,9 +130,9 @@ def published_number(table: int, window: str) -> float | None:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Both tables in one, the paper's numbers beside ours."""
-    metrics = [name for name in comparison_tables.TITLES if any(name in row for row in rows)]
+    metrics = metric_table.in_order({key for row in rows for key in row} - _OF_TRAINING)
     head = ["window", "s/iteration", "paper's table 3", "steps", "held-out loss"]
-    head += [*(comparison_tables.TITLES[name] for name in metrics), "paper's table 4 (DOVER x100)"]
+    head += [*(metric_table.metric(name).heading for name in metrics), "paper's table 4 (DOVER x100)"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
         cells = [_text(row["seconds_per_iteration"], 3), _text(published_number(3, row["window"]), 2)]
