@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from model.checkpoints import load_autoencoder
 from model.perceptual.lpips import Lpips
 from model.vae import CausalVideoAutoencoder
-from pipeline.evaluation import comparison_tables
+from pipeline.evaluation import comparison_tables, published
 from pipeline.evaluation.diffusers_vae import CONFIG_FILE, DiffusersAutoencoder
 from pipeline.evaluation.evaluate import bicubic, media_files, summarise
 from pipeline.metrics import frechet
@@ -42,19 +42,8 @@ METRICS = ("psnr_rgb", "ssim_rgb", "lpips")
 SLICE_FRAMES = 8
 TITLES = {"psnr_rgb": "PSNR ↑", "ssim_rgb": "SSIM ↑", "lpips": "LPIPS ↓", "rfvd": "rFVD ↓"}
 DECIMALS = {"psnr_rgb": 2, "ssim_rgb": 4, "lpips": 4, "rfvd": 2}
-PAPER_TABLE_2: tuple[tuple[str, float, int | None, int, int, float, float, float, float], ...] = (
-    ("SD 2.1", 83.7, None, 8, 4, 29.50, 0.9050, 0.0998, 8.14),
-    ("VEnhancer", 97.7, None, 8, 4, 30.81, 0.9356, 0.0751, 11.10),
-    ("Cosmos", 90.2, 4, 8, 16, 32.34, 0.9484, 0.0847, 13.02),
-    ("OpenSora", 393.3, 4, 8, 4, 27.70, 0.8893, 0.1661, 47.04),
-    ("OpenSoraPlan v1.3", 147.3, 4, 8, 16, 30.41, 0.9280, 0.0976, 27.70),
-    ("CV-VAE (SD3)", 181.9, 4, 8, 16, 33.21, 0.9612, 0.0589, 6.50),
-    ("CogVideoX", 215.6, 4, 8, 16, 34.30, 0.9650, 0.0623, 6.06),
-    ("SeedVR", 250.6, 4, 8, 16, 33.83, 0.9643, 0.0517, 1.85),
-)
-"""Name, million parameters, compression of time and space, latent channels, PSNR, SSIM, LPIPS, rFVD. The
-paper gives neither the clips nor their number, length and size: the order can be made again, the numbers
-cannot."""
+_PAPERS_METRICS = ("psnr", "ssim", "lpips", "rfvd")
+_PAPERS_SHAPE = ("temporal_compression", "spatial_compression", "latent_channels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,9 +308,10 @@ def markdown(table: list[dict[str, Any]], notes: list[str], config: EvaluateVaeC
         cells += [_value(entry["rfvd"]["value"], "rfvd"), str(entry["clips"])]
         cells += [", ".join(map(str, entry["frames"])) or "–", ", ".join(entry["sizes"]) or "–"]
         lines.append("| " + " | ".join(cells) + " |")
-    for name, millions, time, space, channels, *values in PAPER_TABLE_2:
-        cells = [f"{name}, as printed in the paper", f"{millions}", _text(time), str(space), str(channels)]
-        cells += [_value(value, metric) for value, metric in zip(values, TITLES, strict=True)]
+    for printed in published.autoencoders():
+        cells = [f"{printed['method']}, as printed in the paper", f"{printed['parameters_m']}"]
+        cells += [_text(printed.get(key)) for key in _PAPERS_SHAPE]
+        cells += [_value(printed[key], metric) for key, metric in zip(_PAPERS_METRICS, TITLES, strict=True)]
         lines.append("| " + " | ".join([*cells, "not given", "not given", "not given"]) + " |")
     sizes = f"{config.size[1]}x{config.size[0]}" if config.size else "their own size"
     lines += [
@@ -332,8 +322,8 @@ def markdown(table: list[dict[str, Any]], notes: list[str], config: EvaluateVaeC
     return "\n".join([*lines, *(f"\nNote: {note}." for note in notes)]) + "\n"
 
 
-def _text(value: Any) -> str:
-    return "–" if value is None else str(value)
+def _text(value: float | None) -> str:
+    return "–" if value is None else f"{value:g}"
 
 
 def _value(value: float | None, metric: str) -> str:
