@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from pipeline.evaluation import comparison_tables
+from pipeline.metrics.metric_table import METRICS, in_order
 from pipeline.runtime import html_page
 
 FILES = "report_files"
@@ -188,7 +189,8 @@ def metric_table(metrics: list[dict[str, Any]]) -> str:
     """Means of every method; a metric that is missing is a dash."""
     if not metrics:
         return "<p>Nothing was measured.</p>"
-    names = [name for name in comparison_tables.TITLES if any(name in row for row in metrics)]
+    measured = {key for row in metrics for key, value in row.items() if isinstance(value, dict)}
+    names = in_order(measured)
     none = {"mean": None, "standard_error": None}
     rows = [
         [
@@ -199,7 +201,7 @@ def metric_table(metrics: list[dict[str, Any]]) -> str:
         ]
         for row in metrics
     ]
-    head = ["method", "clips", "errors", *[html.escape(comparison_tables.TITLES[name]) for name in names]]
+    head = ["method", "clips", "errors", *[html.escape(METRICS[name].heading) for name in names]]
     note = (
         "<p class='note'>Mean over clips ± standard error; arrows say which way is better. LQ is the input "
         f"itself, {CEILING} the ceiling. How the numbers were made stands in evaluation/evaluation.html."

@@ -30,6 +30,7 @@ from pipeline.evaluation import (
     peers,
     synthetic_pairs,
 )
+from pipeline.metrics import metric_table
 from pipeline.metrics.psnr_ssim import psnr
 from pipeline.restoration import restore
 from pipeline.runtime.job_config import parse
@@ -201,7 +202,7 @@ def gain_lines(rows: list[dict[str, Any]], methods: list[str]) -> list[str]:
     for method in methods:
         for name, kinds in groups.items():
             found = gains(rows, method, TITLES["none"], kinds)
-            cells = [_signed(found[metric], comparison_tables.DECIMALS[metric]) for metric in GAINS]
+            cells = [_signed(found[metric], metric_table.metric(metric).decimals) for metric in GAINS]
             lines.append(f"| {method} | {name} | " + " | ".join(cells) + " |")
     return lines
 
@@ -219,7 +220,7 @@ def verdict(rows: list[dict[str, Any]], ours: str, best: str) -> list[str]:
     for metric, bar in BARS.items():
         gain = gains(rows, ours, TITLES["none"], held_out.KINDS)[metric]
         ahead = gains(rows, ours, title(best), held_out.KINDS)[metric]
-        name, decimals = comparison_tables.TITLES[metric].split(" ↑")[0], comparison_tables.DECIMALS[metric]
+        name, decimals = metric_table.metric(metric).title, metric_table.metric(metric).decimals
         reached = "reached" if gain["mean"] >= bar else "missed"
         lines.append(
             f"- {ours}: {name} {_signed(gain, decimals)} against LQ (aim {bar}: {reached}), "

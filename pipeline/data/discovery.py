@@ -17,14 +17,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.store import hashing, storage
+from pipeline.video.formats import MEDIA_ENDINGS, ending_of
 
-# fmt: off
-VIDEO_ENDINGS = (
-    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".vob",
-    ".wmv", ".asf", ".flv", ".ogv", ".mxf", ".3gp", ".gif", ".ivf", ".y4m",
-)
-# fmt: on
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 SIDECAR_ENDINGS = (".txt", ".json")
 LABELS = ("caption", "license", "dataset")
 PATH_COLUMNS = ("path", "video", "video_path", "file", "file_name", "filename", "image")
@@ -62,10 +56,10 @@ class Listing:
             path = url.removeprefix(self.input).lstrip("/")
             if url.startswith(self.output + "/") or any(part[0] in "._" for part in path.split("/")):
                 continue
-            ending = os.path.splitext(path)[1].lower()
+            ending = ending_of(path)
             if ending in SIDECAR_ENDINGS:
                 continue
-            if ending not in (*VIDEO_ENDINGS, *IMAGE_ENDINGS) or self._excluded(path):
+            if ending not in MEDIA_ENDINGS or self._excluded(path):
                 self.ignored += 1
                 continue
             yield path, size, etag, None
@@ -89,11 +83,10 @@ class Listing:
                     yield row["path"], size or 0, row["etag"], row["labels"]
 
 
-def check_manifest(manifest: str) -> str:
-    """The manifest's checked URL; ValueError if its name has no known ending."""
-    if not manifest.endswith(_MANIFEST_ENDINGS):
-        raise ValueError(f"manifest: {manifest!r} ends in none of {', '.join(_MANIFEST_ENDINGS)}")
-    return storage.check_url(manifest, "manifest")
+def check_manifest(url: str) -> None:
+    """ValueError if the manifest's name has no known ending."""
+    if not url.endswith(_MANIFEST_ENDINGS):
+        raise ValueError(f"manifest: {url!r} ends in none of {', '.join(_MANIFEST_ENDINGS)}")
 
 
 def read_manifest(url: str) -> Iterator[dict[str, Any]]:

@@ -22,6 +22,7 @@ from pipeline.data.scorers.scorer_config import ScorersConfig
 from pipeline.data.selection import Threshold
 from pipeline.runtime import prometheus, stage, work_plan
 from pipeline.store import hashing, schema, source_cache, storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.video.sandbox import MediaError
 from pipeline.video.sandbox import shared as shared_sandbox
 
@@ -34,7 +35,7 @@ _DECIDING_FIELDS = ("clip_id", "uri", "source_id", "start_s", "width", "height",
 class FilterConfig:
     """What `jobs.filter` reads."""
 
-    data: str
+    data: Url
     """absolute URL of the data root that holds clips/; scores/ and selection/ are written there"""
     thresholds: dict[str, Threshold]
     """by score: sharpness, exposure, exposure_range, contrast, clipped_share, motion, static_share,
@@ -67,7 +68,7 @@ class FilterConfig:
     """set to true if `data` is file:// on a folder that every node mounts"""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", storage.check_url(self.data, "data"))
+        check_urls(self)
         learned = {column: name for name, columns in schema.LEARNED_SCORES.items() for column in columns}
         for score in sorted(set(self.thresholds) - set(technical.SCORES)):
             if score not in learned:

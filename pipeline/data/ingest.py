@@ -19,6 +19,7 @@ import ray
 from pipeline.data import discovery, shots
 from pipeline.runtime import stage, work_plan
 from pipeline.store import hashing, schema, source_cache, storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding
 from pipeline.video.sandbox import MediaError, Sandbox
 from pipeline.video.sandbox import shared as shared_sandbox
@@ -28,13 +29,13 @@ _SPANS = "_spans"  # below clips/: what was scanned of sources that are not yet 
 
 @dataclasses.dataclass(frozen=True)
 class IngestConfig:
-    input: str
+    input: Url
     """Folder with videos and images (file:///..., an absolute path or s3://bucket/prefix), searched with
     its subfolders. A caption may lie beside a file: name.txt, or name.json with the keys caption, license
     and dataset."""
-    output: str
+    output: Url
     """Data root; the table is written to <output>/clips."""
-    manifest: str | None = None
+    manifest: Url | None = None
     """CSV, TSV or Parquet file that names the files to take, by their paths below input, instead of a search.
     Columns: path (or video, file_name, ...; WebVid's videoid and page_dir), and if there are any caption (or
     text, name), license, dataset, bytes. Sidecar files are not looked for then."""
@@ -70,12 +71,11 @@ class IngestConfig:
     """Say true if every node of the cluster sees file:// URLs as the same folder."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "input", storage.check_url(self.input, "input"))
-        object.__setattr__(self, "output", storage.check_url(self.output, "output"))
+        check_urls(self)
         if f"{self.input}/".startswith(f"{self.output}/"):
             raise ValueError(f"input: {self.input} lies within the output, {self.output}")
         if self.manifest is not None:
-            object.__setattr__(self, "manifest", discovery.check_manifest(self.manifest))
+            discovery.check_manifest(self.manifest)
         if not 1 <= self.min_clip_frames <= self.max_clip_frames:
             raise ValueError(
                 f"min_clip_frames: {self.min_clip_frames} is not between 1 and max_clip_frames "

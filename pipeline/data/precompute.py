@@ -23,6 +23,7 @@ from pipeline.data import cropping, precompute_cost, text_embeddings
 from pipeline.data.kept_clips import KeptClips
 from pipeline.runtime import prometheus, stage, work_plan
 from pipeline.store import bf16_columns, hashing, schema, source_cache, storage
+from pipeline.store.urls import Url
 from pipeline.video import decoding, pixel_range
 from pipeline.video.sandbox import MediaError
 from pipeline.video.sandbox import shared as shared_sandbox
@@ -49,7 +50,7 @@ _MEDIA_FIELDS = (
 class SampleConfig:
     """What samples are made of clips, and with which models: the same beforehand and while training."""
 
-    vae: str
+    vae: Url
     """URL of a folder of trained autoencoder weights, or of the released autoencoder's file"""
     buckets: list[cropping.Bucket]
     """sizes that samples are cropped to: one or more for each progressive stage, and 1-frame ones"""
@@ -67,7 +68,7 @@ class SampleConfig:
     """seconds after which the decoding of a sample counts as failed"""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "vae", storage.check_url(self.vae, "vae"))
+        check_urls(self)
         if (self.text is None) == (self.fixed_text is None):
             raise ValueError("text, fixed_text: give exactly one of them")
 
@@ -101,7 +102,6 @@ class PrecomputeConfig(SampleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "data", storage.check_url(self.data, "data"))
         for key in ("variants", "samples_per_shard", "encode_actors", "samples_in_flight", "dry_run_samples"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}: {getattr(self, key)}; it must be at least 1")

@@ -20,6 +20,7 @@ from model.text import TextEmbedding, TextEncoderConfig, TextEncoders
 from pipeline.data.kept_clips import KeptClips
 from pipeline.runtime import prometheus, stage, work_plan
 from pipeline.store import bf16_columns, hashing, schema, storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.weights import backbones, weights_folder
 
 TextConfig = TextEncoderConfig
@@ -33,14 +34,13 @@ _CLIPS_PER_SHARD = 1024
 class FixedTextConfig:
     """The prompt that a released backbone is trained and used with, whatever the clip shows."""
 
-    positive: str
+    positive: Url
     """URL of the release's pos_emb.pt"""
-    negative: str
+    negative: Url
     """URL of its neg_emb.pt; training now and then takes it in place of the positive one"""
 
     def __post_init__(self) -> None:
-        storage.check_url(self.positive, "fixed_text.positive")
-        storage.check_url(self.negative, "fixed_text.negative")
+        check_urls(self, "fixed_text.")
 
 
 def text_columns(embedding: TextEmbedding) -> dict[str, Any]:

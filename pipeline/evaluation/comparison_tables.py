@@ -4,24 +4,9 @@ import html
 import math
 from typing import Any
 
+from pipeline.metrics import metric_table
 from pipeline.runtime import html_page
 
-TITLES = {
-    "psnr_rgb": "PSNR RGB ↑",
-    "psnr_y": "PSNR Y ↑",
-    "ssim_rgb": "SSIM RGB ↑",
-    "ssim_y": "SSIM Y ↑",
-    "lpips": "LPIPS ↓",
-    "dists": "DISTS ↓",
-    "niqe": "NIQE ↓",
-    "musiq": "MUSIQ ↑",
-    "clip_iqa": "CLIP-IQA ↑",
-    "dover_technical_x100": "DOVER technical x100 ↑",
-    "dover_overall": "DOVER overall ↑",
-    "warping_error": "warping error x1000 ↓",
-}
-DECIMALS = {"psnr_rgb": 2, "psnr_y": 2, "ssim_rgb": 4, "ssim_y": 4, "niqe": 2, "musiq": 2}
-LOWER_IS_BETTER = frozenset({"lpips", "dists", "niqe", "warping_error"})
 NOTHING: dict[str, Any] = {"mean": None, "standard_error": None, "clips": 0}
 
 
@@ -53,13 +38,19 @@ def _mean(values: list[float]) -> dict[str, Any]:
 def ranks(table: list[dict[str, Any]], metric: str, ceiling: str) -> dict[str, int]:
     """Place 1, 2, ... of each method that has the metric; the ceiling is no competitor."""
     having = [row for row in table if row[metric]["mean"] is not None and row["method"] != ceiling]
-    better = 1 if metric in LOWER_IS_BETTER else -1
+    better = 1 if metric_table.metric(metric).lower_is_better else -1
     ordered = sorted(having, key=lambda row: better * row[metric]["mean"])
     return {row["method"]: place for place, row in enumerate(ordered, start=1)}
 
 
 def value_text(value: float | None, metric: str) -> str:
-    return "–" if value is None else f"{value:.{DECIMALS.get(metric, 3)}f}"
+    """A metric's value; a dash for none. ValueError for a metric that has no entry in the table."""
+    return number_text(value, metric_table.metric(metric).decimals)
+
+
+def number_text(value: float | None, decimals: int = 3) -> str:
+    """A number; a dash for none."""
+    return "–" if value is None else f"{value:.{decimals}f}"
 
 
 def mean_text(entry: dict[str, Any], metric: str) -> str:
@@ -90,7 +81,7 @@ def marked_cells(
 def markdown_means(table: list[dict[str, Any]], metrics: tuple[str, ...], ceiling: str) -> str:
     """The means: best bold, second underlined where there are three or more."""
     lines = [
-        "| method | clips | " + " | ".join(TITLES.get(metric, metric) for metric in metrics) + " |",
+        "| method | clips | " + " | ".join(metric_table.metric(metric).heading for metric in metrics) + " |",
         "|---|---:|" + "---:|" * len(metrics),
     ]
     for row, cells in zip(table, marked_cells(table, metrics, ceiling, MARKDOWN), strict=True):
@@ -102,7 +93,7 @@ def markdown_means(table: list[dict[str, Any]], metrics: tuple[str, ...], ceilin
 def latex_means(table: list[dict[str, Any]], metrics: tuple[str, ...], ceiling: str) -> str:
     """The same for a paper: a `tabular` (booktabs)."""
     lines = ["\\begin{tabular}{l" + "r" * len(metrics) + "}", "\\toprule"]
-    titles = [TITLES.get(metric, metric) for metric in metrics]
+    titles = [metric_table.metric(metric).heading for metric in metrics]
     rows = [["method", *titles]]
     cells = marked_cells(table, metrics, ceiling, LATEX)
     rows += [[row["method"], *texts] for row, texts in zip(table, cells, strict=True)]
@@ -126,7 +117,7 @@ def markdown_costs(costs: dict[str, dict[str, Any] | None]) -> list[str]:
     ]
     for method, cost in known.items():
         cells = [
-            value_text(cost.get(key), key) for key in ("seconds_per_frame", "peak_memory_gib", "parameters_m")
+            number_text(cost.get(key)) for key in ("seconds_per_frame", "peak_memory_gib", "parameters_m")
         ]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return [*lines, ""]
@@ -147,7 +138,7 @@ def _latex(text: str) -> str:
 
 def html_means(table: list[dict[str, Any]], metrics: tuple[str, ...], ceiling: str) -> str:
     """The same as an HTML table."""
-    head = "".join(f"<th>{html.escape(TITLES.get(metric, metric))}</th>" for metric in metrics)
+    head = "".join(f"<th>{html.escape(metric_table.metric(metric).heading)}</th>" for metric in metrics)
     rows = []
     for row, cells in zip(table, marked_cells(table, metrics, ceiling, HTML), strict=True):
         clips = "" if row["clips"] is None else row["clips"]
@@ -175,7 +166,9 @@ def markdown(result: dict[str, Any], metrics: tuple[str, ...], ceiling: str) -> 
     lines += ["## How it was measured", ""]
     lines += [f"- {key}: {value}" for key, value in result["protocol"].items()]
     lines += ["", "## Clips", ""]
-    lines.append("| method | clip | frames | " + " | ".join(TITLES.get(m, m) for m in metrics) + " | |")
+    lines.append(
+        "| method | clip | frames | " + " | ".join(metric_table.metric(m).heading for m in metrics) + " | |"
+    )
     lines.append("|---|---|---:|" + "---:|" * len(metrics) + "---|")
     for row in result["clips"]:
         cells = " | ".join(value_text(row[metric], metric) for metric in metrics)
@@ -186,7 +179,7 @@ def markdown(result: dict[str, Any], metrics: tuple[str, ...], ceiling: str) -> 
 
 def evaluation_page(result: dict[str, Any], metrics: tuple[str, ...], ceiling: str) -> str:
     """The same as one static page without scripts."""
-    head = "".join(f"<th>{html.escape(TITLES.get(metric, metric))}</th>" for metric in metrics)
+    head = "".join(f"<th>{html.escape(metric_table.metric(metric).heading)}</th>" for metric in metrics)
     clips = []
     for row in result["clips"]:
         cells = "".join(f"<td>{value_text(row[metric], metric)}</td>" for metric in metrics)

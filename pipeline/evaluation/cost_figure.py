@@ -10,7 +10,9 @@ import math
 from typing import Any
 
 from pipeline.evaluation import comparison_tables
+from pipeline.metrics import metric_table
 from pipeline.store import storage
+from pipeline.store.urls import Url, check_urls
 
 RESULTS = "evaluation.json"
 _LEAST_AREA, _AREA_PER_ROOT_M = 40.0, 12.0
@@ -20,18 +22,16 @@ _LEAST_AREA, _AREA_PER_ROOT_M = 40.0, 12.0
 class FigureConfig:
     """What `jobs.figure` reads."""
 
-    evaluation: str
+    evaluation: Url
     """absolute URL of the folder that jobs.evaluate wrote"""
-    output: str
+    output: Url
     """absolute URL of the folder for figure1.png and figure1.md"""
     metric: str = "psnr_rgb"
     """the quality on the vertical axis, a column of the evaluation (the paper: dover_technical_x100)"""
 
     def __post_init__(self) -> None:
-        for key in ("evaluation", "output"):
-            object.__setattr__(self, key, storage.check_url(getattr(self, key), key))
-        if self.metric not in comparison_tables.TITLES:
-            raise ValueError(f"metric: {self.metric!r} is none of {', '.join(comparison_tables.TITLES)}")
+        check_urls(self)
+        metric_table.metric(self.metric)  # says which there are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def dots(result: dict[str, Any], metric: str) -> list[Dot]:
 
 def markdown(found: list[Dot], metric: str) -> str:
     """The figure's numbers as a table."""
-    title = comparison_tables.TITLES[metric]
+    title = metric_table.metric(metric).heading
     lines = [
         f"| method | {title} | s a frame | parameters M | peak memory GiB |",
         "|---|---:|---:|---:|---:|",
@@ -106,10 +106,10 @@ def picture(found: list[Dot], metric: str) -> bytes:
         axes.annotate(text, place, xytext=(7, 5), textcoords="offset points", fontsize=8, parse_math=False)
     axes.set_xscale("log")
     axes.margins(x=0.3, y=0.2)
-    if metric in comparison_tables.LOWER_IS_BETTER:
+    if metric_table.metric(metric).lower_is_better:
         axes.invert_yaxis()
     axes.set_xlabel("seconds a frame")
-    axes.set_ylabel(comparison_tables.TITLES[metric])
+    axes.set_ylabel(metric_table.metric(metric).heading)
     axes.grid(alpha=0.3, which="both")
     figure.tight_layout()
     file = io.BytesIO()

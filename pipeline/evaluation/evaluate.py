@@ -24,22 +24,20 @@ from torch import Tensor
 
 from model import preprocess
 from pipeline.evaluation import benchmark_sets, comparison_tables, peers, published
-from pipeline.metrics import niqe
+from pipeline.metrics import metric_table
 from pipeline.metrics.metric_networks import LearnedMetrics, Networks
-from pipeline.metrics.psnr_ssim import full_reference_scores
-from pipeline.metrics.warping import warping_error
-from pipeline.restoration.restore import IMAGE_ENDINGS, MANIFEST, VIDEO_ENDINGS, natural_order
-from pipeline.restoration.restorer import reconstruct
+from pipeline.restoration.reconstruction import reconstruct
+from pipeline.restoration.restore import MANIFEST
 from pipeline.runtime import stage
 from pipeline.store import storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding
+from pipeline.video.formats import IMAGE_ENDINGS, MEDIA_ENDINGS, ending_of, natural_order
 from pipeline.video.sandbox import Sandbox
 from pipeline.weights import weights_folder
 
 CEILING = "VAE(truth)"
-FULL_REFERENCE = ("psnr_rgb", "psnr_y", "ssim_rgb", "ssim_y")
-METRICS = (*FULL_REFERENCE, "niqe", "warping_error")
-"""What needs no weights."""
+METRICS = metric_table.WITHOUT_WEIGHTS
 RESULTS = "evaluation"
 
 
@@ -47,13 +45,13 @@ RESULTS = "evaluation"
 class EvaluateConfig:
     """What `jobs.evaluate` reads."""
 
-    methods: dict[str, str]
+    methods: dict[str, Url]
     """name of each method: absolute URL of the folder with its results, named as the truth's files"""
-    output: str
+    output: Url
     """absolute URL of the folder for evaluation.json, evaluation.md and evaluation.html"""
-    truth: str | None = None
+    truth: Url | None = None
     """absolute URL of the folder with the true videos and images (null: only metrics that need none)"""
-    reconstruct_with: str | None = None
+    reconstruct_with: Url | None = None
     """URL of autoencoder weights: what these make of the truth is one more method, the ceiling"""
     sequences: bool = False
     """a folder with images in it is one clip, of these frames in the order of their names"""
@@ -81,11 +79,7 @@ class EvaluateConfig:
     """set to true if file:// URLs here are on a folder that every node mounts"""
 
     def __post_init__(self) -> None:
-        for key in ("output", "truth", "reconstruct_with"):
-            if getattr(self, key) is not None:
-                storage.check_url(getattr(self, key), key)
-        for name, url in self.methods.items():
-            storage.check_url(url, f"methods.{name}")
+        check_urls(self)
         if not self.methods and not self.reconstruct_with:
             raise ValueError("methods: empty; name at least one folder of results")
         if CEILING in self.methods:
@@ -104,24 +98,24 @@ class EvaluateConfig:
     @property
     def metrics(self) -> tuple[str, ...]:
         """The columns of the tables, in their order."""
-        found = {*METRICS, *self.learned.columns(bool(self.truth))}
-        return tuple(name for name in comparison_tables.TITLES if name in found)
+        learned = self.learned.columns(bool(self.truth))
+        table = metric_table.METRICS.items()
+        return tuple(name for name, metric in table if metric.weights is None or name in learned)
 
 
 def media_files(url: str, sequences: bool = False) -> dict[str, list[str]]:
     """Videos and images below a folder: relative path without its ending -> URLs, one, or with `sequences`
     all images of a folder in the order of their names. Folders whose name begins with "_" are bookkeeping.
     ValueError for two files of one name."""
-    root = storage.check_url(url, "url")
     found: dict[str, list[str]] = {}
-    for file, _, _ in storage.list_files(root):
-        inner = file.removeprefix(root).lstrip("/")
-        name, ending = posixpath.splitext(inner)
+    for file, _, _ in storage.list_files(url):
+        inner = file.removeprefix(url).lstrip("/")
+        name, ending = posixpath.splitext(inner)[0], ending_of(inner)
         bookkeeping = any(part.startswith("_") for part in inner.split("/")[:-1])
-        if bookkeeping or ending.lower() not in VIDEO_ENDINGS | IMAGE_ENDINGS:
+        if bookkeeping or ending not in MEDIA_ENDINGS:
             continue
         folder = posixpath.dirname(inner)
-        if sequences and folder and ending.lower() in IMAGE_ENDINGS:
+        if sequences and folder and ending in IMAGE_ENDINGS:
             found.setdefault(folder, []).append(file)
         elif name in found:
             raise ValueError(f"{file}: {found[name][0]} has the same name; which of them is to be measured?")
@@ -183,7 +177,7 @@ class Measure:
     def _scores(self, row: dict[str, Any]) -> dict[str, Any]:
         per_frame: list[dict[str, float | None]] = []
         shape: tuple[int, ...] = ()
-        before: tuple[np.ndarray, np.ndarray | None] | None = None
+        before: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             learned = self.networks.clip(self._measured_frames(row, folder))
@@ -193,7 +187,8 @@ class Measure:
                     break
                 if index % self.config.every == 0:
                     shape = frame.shape
-                    per_frame.append(self._frame_scores(frame, truth, before))
+                    pair = metric_table.FramePair(frame, truth, *before, self.config.border_px)
+                    per_frame.append(metric_table.frame_scores(pair))
                     learned.push(frame, truth)
                 before = (frame, truth)
         if not per_frame:
@@ -212,16 +207,6 @@ class Measure:
                 count = sum(1 for _ in read(self.reader, urls, folder, stack, max_side=64))
         count = -(-count // self.config.every)
         return count if self.config.max_frames is None else min(count, self.config.max_frames)
-
-    def _frame_scores(
-        self, frame: np.ndarray, truth: np.ndarray | None, before: tuple[np.ndarray, np.ndarray | None] | None
-    ) -> dict[str, float | None]:
-        scores: dict[str, float | None] = {"niqe": niqe_or_none(frame), "warping_error": None}
-        if truth is not None:
-            scores |= full_reference_scores(frame, truth, self.config.border_px)
-        if before is not None:
-            scores["warping_error"] = warping_error(before[0], frame, before[1], truth)
-        return scores
 
     def _pairs(
         self, row: dict[str, Any], folder: str, stack: ExitStack
@@ -291,12 +276,6 @@ def bicubic(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     return (resized[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
-def niqe_or_none(frame: np.ndarray) -> float | None:
-    """NIQE of a frame; None where the frame is too small or too flat for it."""
-    value = niqe.niqe(frame)
-    return None if value is None or not math.isfinite(value) else value
-
-
 def summarise(per_frame: list[dict[str, float | None]]) -> dict[str, Any]:
     """Means over a clip's frames. A frame equal to the truth has infinite PSNR, which JSON cannot hold: then
     PSNR is null and `note` says so."""
@@ -341,7 +320,7 @@ def protocol(config: EvaluateConfig) -> dict[str, Any]:
 
 def models_of(url: str) -> dict[str, list[str]]:
     """The hashes of the models that made a folder, where restore's manifest is there."""
-    manifest = storage.join(storage.check_url(url, "methods"), MANIFEST)
+    manifest = storage.join(url, MANIFEST)
     rows = storage.read_json(manifest) if storage.exists(manifest) else []
     found: dict[str, list[str]] = {}
     for key in ("vae_sha256", "dit_sha256"):
@@ -388,7 +367,7 @@ def run(config: EvaluateConfig) -> stage.Summary:
             (item["result"] for item in dataset.take_all()), key=lambda row: (row["method"], row["clip"])
         )
         means = comparison_tables.means(rows, config.metrics)
-        costs = {name: peers.cost_of(storage.check_url(url, name)) for name, url in config.methods.items()}
+        costs = {name: peers.cost_of(url) for name, url in config.methods.items()}
         result = {"protocol": protocol(config), "means": means, "clips": rows, "costs": costs}
         storage.write_json(storage.join(config.output, f"{RESULTS}.json"), result)
         for ending, text in tables(config, result).items():

@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import ray
@@ -23,14 +23,15 @@ from numpy.typing import NDArray
 from model.checkpoints import load_autoencoder
 from model.perceptual.lpips import Lpips
 from model.vae import CausalVideoAutoencoder
-from pipeline.evaluation import comparison_tables
+from pipeline.evaluation import comparison_tables, published
 from pipeline.evaluation.diffusers_vae import CONFIG_FILE, DiffusersAutoencoder
 from pipeline.evaluation.evaluate import bicubic, media_files, summarise
 from pipeline.metrics import frechet
 from pipeline.metrics.psnr_ssim import full_reference_scores
-from pipeline.restoration.restorer import reconstruct
+from pipeline.restoration.reconstruction import reconstruct
 from pipeline.runtime import stage
 from pipeline.store import storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding
 from pipeline.video.sandbox import Sandbox
 from pipeline.weights import weights_folder
@@ -41,40 +42,29 @@ METRICS = ("psnr_rgb", "ssim_rgb", "lpips")
 SLICE_FRAMES = 8
 TITLES = {"psnr_rgb": "PSNR ↑", "ssim_rgb": "SSIM ↑", "lpips": "LPIPS ↓", "rfvd": "rFVD ↓"}
 DECIMALS = {"psnr_rgb": 2, "ssim_rgb": 4, "lpips": 4, "rfvd": 2}
-PAPER_TABLE_2: tuple[tuple[str, float, int | None, int, int, float, float, float, float], ...] = (
-    ("SD 2.1", 83.7, None, 8, 4, 29.50, 0.9050, 0.0998, 8.14),
-    ("VEnhancer", 97.7, None, 8, 4, 30.81, 0.9356, 0.0751, 11.10),
-    ("Cosmos", 90.2, 4, 8, 16, 32.34, 0.9484, 0.0847, 13.02),
-    ("OpenSora", 393.3, 4, 8, 4, 27.70, 0.8893, 0.1661, 47.04),
-    ("OpenSoraPlan v1.3", 147.3, 4, 8, 16, 30.41, 0.9280, 0.0976, 27.70),
-    ("CV-VAE (SD3)", 181.9, 4, 8, 16, 33.21, 0.9612, 0.0589, 6.50),
-    ("CogVideoX", 215.6, 4, 8, 16, 34.30, 0.9650, 0.0623, 6.06),
-    ("SeedVR", 250.6, 4, 8, 16, 33.83, 0.9643, 0.0517, 1.85),
-)
-"""Name, million parameters, compression of time and space, latent channels, PSNR, SSIM, LPIPS, rFVD. The
-paper gives neither the clips nor their number, length and size: the order can be made again, the numbers
-cannot."""
+_PAPERS_METRICS = ("psnr", "ssim", "lpips", "rfvd")
+_PAPERS_SHAPE = ("temporal_compression", "spatial_compression", "latent_channels")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateVaeConfig:
     """What `jobs.evaluate --task vae` reads."""
 
-    autoencoders: dict[str, str]
+    autoencoders: dict[str, Url]
     """name of each autoencoder: absolute URL of a weights folder that training wrote, of the released
     `ema_vae` file (.pth or .safetensors), or of a diffusers folder (config.json and safetensors)"""
-    clips: str
+    clips: Url
     """absolute URL of a folder with videos (lossless or lightly compressed ones tell most)"""
-    output: str
+    output: Url
     """absolute URL of the folder for vae_evaluation.json and vae_evaluation.md"""
     frames: int = 17
     """first frames of each clip that are used; 4n+1 needs no padding; a shorter clip is an error row"""
     size: list[int] = dataclasses.field(default_factory=list)
     """[height, width]: each frame is resized to cover it and cut to its centre (empty: as it is)"""
-    lpips: str = "none"
+    lpips: Url | Literal["none", "hub"] = "none"
     """none, hub (VGG16 and LPIPS's heads are downloaded once) or the absolute URL of a folder with
     vgg16-397923af.pth and vgg.pth"""
-    i3d: str | None = None
+    i3d: Url | None = None
     """absolute URL of `i3d_torchscript.pt` for rFVD (null: no rFVD). Loading TorchScript runs the program in
     the file: give only one whose origin you know"""
     workers: int = 1
@@ -89,13 +79,9 @@ class EvaluateVaeConfig:
     """set to true if file:// URLs here are on a folder that every node mounts"""
 
     def __post_init__(self) -> None:
-        for key in ("clips", "output", "i3d"):
-            if getattr(self, key) is not None:
-                storage.check_url(getattr(self, key), key)
+        check_urls(self)
         if not self.autoencoders:
             raise ValueError("autoencoders: empty; name at least one")
-        for name, url in self.autoencoders.items():
-            storage.check_url(url, f"autoencoders.{name}")
         for key in ("frames", "workers"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}: {getattr(self, key)}; it must be at least 1")
@@ -122,7 +108,7 @@ def load(url: str, device: torch.device | str) -> Autoencoder:
     """The autoencoder of a URL, whichever kind it is. ValueError if it is none."""
     with tempfile.TemporaryDirectory() as folder:
         if url.endswith((".pth", ".pt", ".safetensors")):
-            with storage.local_copy(storage.check_url(url, "autoencoders"), folder) as path:
+            with storage.local_copy(url, folder) as path:
                 return _ours(load_autoencoder(path).to(device))
         if not storage.exists(storage.join(url, CONFIG_FILE)):
             raise ValueError(
@@ -160,10 +146,9 @@ def _about(network: torch.nn.Module, time: int | None, space: int, channels: int
 
 def _local_folder(url: str, folder: str) -> Path:
     """The folder itself on a local disk, or a copy of its files in `folder`."""
-    root = storage.check_url(url, "autoencoders")
-    if root.startswith("file://"):
-        return Path(storage.path_of(root))
-    for file, _, _ in storage.list_files(root):
+    if url.startswith("file://"):
+        return Path(storage.path_of(url))
+    for file, _, _ in storage.list_files(url):
         with storage.local_copy(file, folder) as path:
             os.replace(path, os.path.join(folder, os.path.basename(file)))
     return Path(folder)
@@ -205,7 +190,7 @@ class Measure:
         if config.i3d is not None:
             with (
                 tempfile.TemporaryDirectory() as folder,
-                storage.local_copy(storage.check_url(config.i3d, "i3d"), folder) as path,
+                storage.local_copy(config.i3d, folder) as path,
             ):
                 self.features = frechet.VideoFeatures(path, self.device)
 
@@ -323,9 +308,10 @@ def markdown(table: list[dict[str, Any]], notes: list[str], config: EvaluateVaeC
         cells += [_value(entry["rfvd"]["value"], "rfvd"), str(entry["clips"])]
         cells += [", ".join(map(str, entry["frames"])) or "–", ", ".join(entry["sizes"]) or "–"]
         lines.append("| " + " | ".join(cells) + " |")
-    for name, millions, time, space, channels, *values in PAPER_TABLE_2:
-        cells = [f"{name}, as printed in the paper", f"{millions}", _text(time), str(space), str(channels)]
-        cells += [_value(value, metric) for value, metric in zip(values, TITLES, strict=True)]
+    for printed in published.autoencoders():
+        cells = [f"{printed['method']}, as printed in the paper", f"{printed['parameters_m']}"]
+        cells += [_text(printed.get(key)) for key in _PAPERS_SHAPE]
+        cells += [_value(printed[key], metric) for key, metric in zip(_PAPERS_METRICS, TITLES, strict=True)]
         lines.append("| " + " | ".join([*cells, "not given", "not given", "not given"]) + " |")
     sizes = f"{config.size[1]}x{config.size[0]}" if config.size else "their own size"
     lines += [
@@ -336,8 +322,8 @@ def markdown(table: list[dict[str, Any]], notes: list[str], config: EvaluateVaeC
     return "\n".join([*lines, *(f"\nNote: {note}." for note in notes)]) + "\n"
 
 
-def _text(value: Any) -> str:
-    return "–" if value is None else str(value)
+def _text(value: float | None) -> str:
+    return "–" if value is None else f"{value:g}"
 
 
 def _value(value: float | None, metric: str) -> str:

@@ -23,12 +23,13 @@ import numpy as np
 import psutil
 import yaml
 
-from pipeline.data.discovery import IMAGE_ENDINGS, VIDEO_ENDINGS
 from pipeline.evaluation import baselines
 from pipeline.runtime.stage import proportional_memory
 from pipeline.store import storage
 from pipeline.store.schema import SUMMARY
+from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding, encoding
+from pipeline.video.formats import MEDIA_ENDINGS, ending_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS_FILE = ROOT / "configs" / "peers.yaml"
@@ -40,9 +41,9 @@ _SAMPLE_S = 0.2
 class PeerConfig:
     """What `jobs.peer` reads."""
 
-    input: str
+    input: Url
     """local folder with the low-quality clips"""
-    output: str
+    output: Url
     """local folder for the results, named as the inputs"""
     method: str | None = None
     """name of a command in configs/peers.yaml"""
@@ -56,8 +57,9 @@ class PeerConfig:
     """millions of parameters, for the table (null: as configs/peers.yaml says, or unknown)"""
 
     def __post_init__(self) -> None:
+        check_urls(self)
         for key in ("input", "output"):
-            if not storage.check_url(getattr(self, key), key).startswith("file://"):
+            if not getattr(self, key).startswith("file://"):
                 raise ValueError(f"{key}: commands read and write local folders, not {getattr(self, key)}")
         if (self.method is None) == (self.command is None):
             raise ValueError("give either method (a name in configs/peers.yaml) or command")
@@ -80,7 +82,7 @@ def known() -> dict[str, dict[str, Any]]:
 
 def run(config: PeerConfig) -> dict[str, Any]:
     """Run the command; its cost, which is also written. ValueError if it fails or leaves nothing."""
-    source, target = (storage.path_of(storage.check_url(url, "url")) for url in (config.input, config.output))
+    source, target = (storage.path_of(url) for url in (config.input, config.output))
     os.makedirs(target, exist_ok=True)
     values = {
         "input": shlex.quote(source),
@@ -155,8 +157,11 @@ def clips(folder: Path) -> Iterator[Path]:
     """Every video and image of a folder that is not bookkeeping."""
     for file in sorted(folder.rglob("*")):
         inner = file.relative_to(folder)
-        known_ending = file.suffix.lower() in (*VIDEO_ENDINGS, *IMAGE_ENDINGS)
-        if file.is_file() and known_ending and not any(part[0] in "_." for part in inner.parts):
+        if (
+            file.is_file()
+            and ending_of(file.name) in MEDIA_ENDINGS
+            and not any(part[0] in "_." for part in inner.parts)
+        ):
             yield file
 
 

@@ -33,6 +33,17 @@ def datasets() -> list[str]:
     return list(dict.fromkeys(row["dataset"] for row in numbers() if row["table"] == 1))
 
 
+def autoencoders() -> list[dict[str, Any]]:
+    """Table 2, a row each: method, and what it says of parameters_m, temporal_compression (image models have
+    none), spatial_compression, latent_channels, psnr, ssim, lpips and rfvd. The paper gives neither the clips
+    nor their number, length and size: the order can be made again, the numbers cannot."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in numbers():
+        if row["table"] == 2:
+            rows.setdefault(row["method"], {"method": row["method"]})[row["metric"]] = row["value"]
+    return list(rows.values())
+
+
 def rows_of(dataset: str, metrics: tuple[str, ...]) -> list[dict[str, Any]]:
     """Table 1's rows of one set, shaped as `evaluate_tables.means`: a mean or None for each of `metrics`."""
     found = [row for row in numbers() if row["table"] == 1 and row["dataset"] == dataset]

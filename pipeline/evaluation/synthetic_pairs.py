@@ -20,11 +20,12 @@ import numpy as np
 import ray
 
 from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, draw, to_json
-from pipeline.data.discovery import IMAGE_ENDINGS, VIDEO_ENDINGS
 from pipeline.data.kept_clips import kept_clips
 from pipeline.runtime import stage
 from pipeline.store import hashing, source_cache, storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding, encoding
+from pipeline.video.formats import MEDIA_ENDINGS, ending_of
 from pipeline.video.sandbox import shared as shared_sandbox
 
 HQ, LQ, MANIFEST, RECORDS, SETTINGS = "hq", "lq", "manifest.json", "_records", "_settings.json"
@@ -34,13 +35,13 @@ HQ, LQ, MANIFEST, RECORDS, SETTINGS = "hq", "lq", "manifest.json", "_records", "
 class PairsConfig:
     """What `jobs.pairs` reads."""
 
-    output: str
+    output: Url
     """absolute URL of the folder for hq/, lq/ and manifest.json"""
-    data: str | None = None
+    data: Url | None = None
     """absolute URL of a data root: pairs of its kept clips of one split"""
     split: str = "held_out"
     """which split, with `data`"""
-    folder: str | None = None
+    folder: Url | None = None
     """absolute URL of a folder of videos and images, with its subfolders, instead of a data root"""
     max_frames: int = 32
     """frames of a pair, from the clip's middle"""
@@ -60,11 +61,9 @@ class PairsConfig:
     """at most so many, spread over the sources in turn (null: all)"""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "output", storage.check_url(self.output, "output"))
+        check_urls(self)
         if (self.data is None) == (self.folder is None):
             raise ValueError("give either data (a data root) or folder (a folder of videos)")
-        key = "data" if self.data is not None else "folder"
-        object.__setattr__(self, key, storage.check_url(getattr(self, key), key))
         for key in ("max_frames", "max_height", "max_width"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}: {getattr(self, key)}; it must be at least 1")
@@ -86,7 +85,7 @@ def clip_rows(config: PairsConfig) -> list[dict[str, Any]]:
         rows = [
             {"clip_id": hashing.stable_id(url.removeprefix(config.folder).lstrip("/"), size), "uri": url}
             for url, size, _ in storage.list_files(config.folder)
-            if os.path.splitext(url)[1].lower() in (*VIDEO_ENDINGS, *IMAGE_ENDINGS)
+            if ending_of(url) in MEDIA_ENDINGS
         ]
     else:
         assert config.data is not None

@@ -13,17 +13,21 @@ from typing import Any
 
 from model.dit.windows import WindowSize
 from pipeline.evaluation import comparison_tables, evaluate, published, synthetic_pairs
+from pipeline.metrics import metric_table
 from pipeline.metrics.metric_networks import LearnedMetrics
 from pipeline.restoration import restore
 from pipeline.restoration.restore_file import Encoding
-from pipeline.restoration.restorer import Sampling
+from pipeline.restoration.sampling_config import Sampling
 from pipeline.runtime import stage
 from pipeline.store import storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.training.runs import train_dit, trainer
 from pipeline.weights.backbones import ModelConfig
 
 RESULTS = "windows"
 _WARM_UP_STEPS = 3
+_OF_TRAINING = {"window", "seconds_per_iteration", "steps", "held_out_loss"}
+"""What a row has beside metrics."""
 _WINDOW = re.compile(r"(\d+)x(\d+|full)(?:x(\d+))?")
 
 
@@ -35,11 +39,11 @@ class WindowStudyConfig:
     """the run that is repeated; its windows and output are replaced"""
     windows: list[str]
     """window sizes in latent pixels, such as 5x64x64, 1x8x8, 3xfull (the paper's names)"""
-    output: str
+    output: Url
     """absolute URL; each run has a folder of its window's name there, the tables lie beside them"""
-    pairs: str | None = None
+    pairs: Url | None = None
     """absolute URL of a folder of jobs.pairs, to restore and measure (null: time and held-out loss only)"""
-    vae: str | None = None
+    vae: Url | None = None
     """URL of the autoencoder's weights, with `pairs`"""
     sampling: Sampling = dataclasses.field(default_factory=lambda: Sampling(steps=1))
     """how the pairs are restored"""
@@ -47,7 +51,7 @@ class WindowStudyConfig:
     """weights of learned metrics; the paper's table 4 is DOVER"""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "output", storage.check_url(self.output, "output"))
+        check_urls(self)
         if self.training.model is None:
             raise ValueError("training.model: the window is part of the shape; give a shape, not `initial`")
         if not self.windows:
@@ -126,9 +130,9 @@ def published_number(table: int, window: str) -> float | None:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Both tables in one, the paper's numbers beside ours."""
-    metrics = [name for name in comparison_tables.TITLES if any(name in row for row in rows)]
+    metrics = metric_table.in_order({key for row in rows for key in row} - _OF_TRAINING)
     head = ["window", "s/iteration", "paper's table 3", "steps", "held-out loss"]
-    head += [*(comparison_tables.TITLES[name] for name in metrics), "paper's table 4 (DOVER x100)"]
+    head += [*(metric_table.metric(name).heading for name in metrics), "paper's table 4 (DOVER x100)"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
         cells = [_text(row["seconds_per_iteration"], 3), _text(published_number(3, row["window"]), 2)]

@@ -8,74 +8,71 @@ Without weights a metric is left out and the result says so.
 import dataclasses
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from model import checkpoints
+from pipeline.metrics.metric_table import METRICS
 from pipeline.store import storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.weights import weight_hashes
 from pipeline.weights.lpips_weights import HEADS_FILE, VGG_FILE, check_perceptual, load_perceptual
 
 DISTS_FILE = "weights.pt"
 BATCH_FRAMES = 8
-COLUMNS = {
-    "lpips": ("lpips",),
-    "dists": ("dists",),
-    "musiq": ("musiq",),
-    "clip_iqa": ("clip_iqa",),
-    "dover": ("dover_technical_x100", "dover_overall"),
-}
-"""Each network's columns in the tables."""
-NEED_TRUTH = ("lpips", "dists")
 
 
 @dataclasses.dataclass(frozen=True)
 class LearnedMetrics:
     """Where the weights of the learned metrics are (null: the column is left out)."""
 
-    lpips: str | None = None
+    lpips: Url | Literal["hub"] | None = None
     """absolute URL of a folder with vgg16-397923af.pth (torchvision) and vgg.pth (lpips 0.1), or the word
     hub: both are downloaded once"""
-    dists: str | None = None
+    dists: Url | None = None
     """absolute URL of a folder with vgg16-397923af.pth and DISTS_pytorch's weights.pt"""
-    musiq: str | None = None
+    musiq: Url | None = None
     """absolute URL of one of Google's MUSIQ .npz files (koniq_ckpt.npz)"""
     clip_iqa: str | None = None
     """CLIP RN50 as a Hugging Face id (timm/resnet50_clip.openai) or an absolute folder that every node has"""
-    dover: str | None = None
+    dover: Url | None = None
     """absolute URL of DOVER.pth; its licence forbids commercial use"""
 
     def __post_init__(self) -> None:
+        check_urls(self, "learned.")
         if self.lpips is not None:
             check_perceptual(self.lpips, "learned.lpips")
         if self.dists is not None:
-            storage.check_url(self.dists, "learned.dists")
             for name in (VGG_FILE, DISTS_FILE):
                 if not storage.exists(storage.join(self.dists, name)):
                     raise ValueError(f"learned.dists: {self.dists} has no {name}")
         for key in ("musiq", "dover"):
             url = getattr(self, key)
-            if url is not None and not storage.exists(storage.check_url(url, f"learned.{key}")):
+            if url is not None and not storage.exists(url):
                 raise ValueError(f"learned.{key}: there is no file {url}")
 
     @property
     def names(self) -> list[str]:
         """The metrics that have weights."""
-        return [name for name in COLUMNS if getattr(self, name) is not None]
+        return [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
 
     def columns(self, has_truth: bool) -> tuple[str, ...]:
         """The columns that these give."""
-        names = [name for name in self.names if has_truth or name not in NEED_TRUTH]
-        return tuple(column for name in names for column in COLUMNS[name])
+        return tuple(
+            metric.name
+            for metric in METRICS.values()
+            if metric.weights in self.names and (has_truth or not metric.needs_truth)
+        )
 
     def left_out(self, has_truth: bool) -> str | None:
         """One line on what is not measured and why; None if everything is."""
-        lacking = [name for name in COLUMNS if name not in self.names]
+        lacking = [field.name for field in dataclasses.fields(self) if field.name not in self.names]
         reasons = [f"no weights for {', '.join(lacking)} (learned.{lacking[0]}, ...)"] if lacking else []
-        without = [name for name in NEED_TRUTH if name in self.names and not has_truth]
+        needing = {metric.weights for metric in METRICS.values() if metric.needs_truth}
+        without = [name for name in self.names if name in needing and not has_truth]
         reasons += [f"no truth for {', '.join(without)}"] if without else []
         return "left out: " + "; ".join(reasons) if reasons else None
 
@@ -177,7 +174,7 @@ class Clip:
         true = torch.from_numpy(np.stack(truths)) if truths else None
         self._waiting = []
         for name, measure in self.networks.per_frame.items():
-            if true is not None or name not in NEED_TRUTH:
+            if true is not None or not METRICS[name].needs_truth:
                 self.values[name] += measure(frames, true)
 
     def finish(self) -> dict[str, float | None]:

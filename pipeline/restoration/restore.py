@@ -7,8 +7,6 @@ row with `error` and never ends the job. From Python: `from pipeline.restoration
 
 import contextlib
 import dataclasses
-import posixpath
-import re
 import tempfile
 import time
 from typing import Any, cast
@@ -17,21 +15,24 @@ import ray
 import torch
 
 from model import preprocess
-from pipeline.restoration import preview_page
+from pipeline.restoration import inputs, preview_page
 from pipeline.restoration.memory_plan import free_gib, is_out_of_memory, plan_memory, step_down
 from pipeline.restoration.restore_file import (
     Encoding,
-    Source,
+    SourceVideo,
     Target,
+    VideoJob,
     open_sequence,
     open_video,
     restore_image,
     restore_video,
 )
-from pipeline.restoration.restorer import STEPS_OF_WORK, Restorer, Sampling
-from pipeline.restoration.resume import Segments
+from pipeline.restoration.restorer import STEPS_OF_WORK, Restorer
+from pipeline.restoration.resume import RestoredParts
+from pipeline.restoration.sampling_config import Sampling
 from pipeline.runtime import stage
 from pipeline.store import hashing, storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding
 from pipeline.video.sandbox import Sandbox
 from pipeline.weights import backbones
@@ -41,11 +42,6 @@ __all__ = ["Encoding", "RestoreConfig", "Restorer", "Sampling", "run"]
 MANIFEST = "manifest.json"
 _ROWS, _PARTS = "_manifest", "_parts"
 PLAN = "plan.json"
-VIDEO_ENDINGS = frozenset({
-    ".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".ts", ".mpg", ".mpeg", ".flv", ".ogv", ".mxf",
-    ".y4m", ".gif",
-})  # fmt: skip
-IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
 _MAX_SIDE_PX = 16384
 
 
@@ -53,9 +49,9 @@ _MAX_SIDE_PX = 16384
 class RestoreConfig:
     """What `jobs.restore` reads."""
 
-    input: str | list[str]
+    input: Url | list[Url]
     """absolute URL of a file or a folder (every video and image below), or a list of them"""
-    output: str
+    output: Url
     """absolute URL of the folder for the results, which keep their path relative to their input folder"""
     model: backbones.ModelConfig
     """the transformer, ours or a released one, and the autoencoder"""
@@ -91,9 +87,9 @@ class RestoreConfig:
     """set to true if file:// URLs here are on a folder that every node mounts"""
 
     def __post_init__(self) -> None:
+        check_urls(self)
         if not self.inputs:
             raise ValueError("input: empty; give at least one file or folder")
-        storage.check_url(self.output, "output")
         if self.sampling.schedule(self.model.schedule).guidance_scale != 1 and not self.model.can_guide:
             needed = "model.positive" if self.model.positive is None else "model.negative"
             raise ValueError(f"sampling.guidance_scale: guidance needs {needed}, a file of text embeddings")
@@ -108,9 +104,8 @@ class RestoreConfig:
 
     @property
     def inputs(self) -> list[str]:
-        """The input URLs, checked."""
-        given = [self.input] if isinstance(self.input, str) else self.input
-        return [storage.check_url(url, "input") for url in given]
+        """The input URLs."""
+        return [self.input] if isinstance(self.input, str) else self.input
 
     @property
     def targets(self) -> tuple[object, ...]:
@@ -137,53 +132,15 @@ class RestoreConfig:
 
 
 def list_inputs(config: RestoreConfig) -> list[dict[str, Any]]:
-    """One row per result: input URL, its bytes and etag, `name`, the result's path without its ending, and
-    `files`: the pictures of an image sequence, else empty.
-
-    Two inputs whose results would share a name keep their own ending in it (`a.mov.mp4`).
-    """
-    rows: dict[str, dict[str, Any]] = {}
-    for root in config.inputs:
-        files = storage.list_files(root)
-        if not files:
-            raise ValueError(f"input: {root} is no file and no folder with files in it")
-        for url, size, etag in files:
-            alone = url == root
-            inner = posixpath.basename(url) if alone else url.removeprefix(root).lstrip("/")
-            ending = posixpath.splitext(inner)[1].lower()
-            if ending in IMAGE_ENDINGS and config.sequence_fps is not None and not alone:
-                _add_to_sequence(rows, root, url, size, etag)
-            elif alone or ending in VIDEO_ENDINGS | IMAGE_ENDINGS:
-                rows[url] = {"input": url, "bytes": size, "etag": etag, "name": inner, "files": []}
-    for row in rows.values():
-        row["files"].sort(key=natural_order)
-    stems = [row["name"] if row["files"] else posixpath.splitext(row["name"])[0] for row in rows.values()]
-    for row, stem in zip(rows.values(), stems, strict=True):
-        row["name"] = stem if stems.count(stem) == 1 else row["name"]
-    names = [row["name"] for row in rows.values()]
-    twice = next((row for row in rows.values() if names.count(row["name"]) > 1), None)
-    if twice is not None:
-        raise ValueError(f"input: two files would be written to {twice['name']}; restore them separately")
-    return list(rows.values())
-
-
-def _add_to_sequence(rows: dict[str, dict[str, Any]], root: str, url: str, size: int, etag: str) -> None:
-    """Count an image to the sequence of its folder."""
-    folder = posixpath.dirname(url)
-    name = folder.removeprefix(root).strip("/") or posixpath.basename(root)
-    row = rows.setdefault(folder, {"input": folder, "bytes": 0, "etag": "", "name": name, "files": []})
-    row["files"].append(url)
-    row["bytes"] += size
-    row["etag"] = hashing.stable_id(row["etag"], posixpath.basename(url), size, etag)
-
-
-def natural_order(url: str) -> list[tuple[int, str]]:
-    """A key that sorts frame_2.png before frame_10.png."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", url)]
+    """One row per result, as `inputs.find_inputs` gives it; prints what is left out."""
+    rows, left_out = inputs.find_inputs(config.inputs, as_sequences=config.sequence_fps is not None)
+    if left_out:
+        print(inputs.describe_left_out(left_out), flush=True)
+    return rows
 
 
 def target_of(config: RestoreConfig, row: dict[str, Any]) -> Target:
-    """Where a row's result goes, and its segments and preview meanwhile."""
+    """Where a row's result goes, and its parts and preview meanwhile."""
     number = hashing.stable_id(row["name"])
     preview = storage.join(config.output, preview_page.FOLDER, number) if row["preview"] else None
     return Target(
@@ -278,11 +235,11 @@ class RestoreActor:
         return {**facts, "seconds_in": parts}
 
     def within_memory(
-        self, row: dict[str, Any], source: Source, size: tuple[int, int], folder: str
+        self, row: dict[str, Any], source: SourceVideo, size: tuple[int, int], folder: str
     ) -> dict[str, Any]:
         """Restore by the plan for this size; where memory runs out all the same, by the next smaller one.
 
-        The plan is kept beside the segments: a job that goes on with a file follows it too, whatever is free
+        The plan is kept beside the parts: a job that goes on with a file follows it too, whatever is free
         then, since the length of the chunks shows in the result.
         """
         target = target_of(self.config, row)
@@ -309,34 +266,33 @@ class RestoreActor:
             torch.cuda.empty_cache()  # outside of `except`: the error holds what was allocated
 
     def by_plan(
-        self, row: dict[str, Any], source: Source, size: tuple[int, int], target: Target, folder: str
+        self, row: dict[str, Any], source: SourceVideo, size: tuple[int, int], target: Target, folder: str
     ) -> dict[str, Any]:
         """Restore by the restorer's plan."""
         if source.about.media == "image":
             assert source.path is not None
             return restore_image(self.restorer, source.path, size, target, self.sandbox)
         plan = dataclasses.asdict(self.restorer.plan) if self.restorer.plan else {}
-        segments = Segments(target.parts, hashing.fingerprint(row=row["fingerprint"], plan=plan), folder)
-        encoding = self.config.encoding
-        state = segments.load()
+        parts = RestoredParts(target.parts, hashing.fingerprint(row=row["fingerprint"], plan=plan), folder)
+        state = parts.load()
         storage.write_json(storage.join(target.parts, PLAN), {**plan, "fingerprint": row["fingerprint"]})
-        return restore_video(
-            self.restorer, source, size, encoding, target, segments, state, self.sandbox, folder
-        )
+        encoding = self.config.encoding
+        job = VideoJob(self.restorer, source, size, encoding, target, parts, self.sandbox, folder)
+        return restore_video(job, state)
 
 
 def run(config: RestoreConfig) -> stage.Summary:
     """Restore every file that is not done yet; write `manifest.json` and the summary."""
-    inputs = list_inputs(config)
-    for index, row in enumerate(inputs):
+    listed = list_inputs(config)
+    for index, row in enumerate(listed):
         row["preview"] = index < config.previews
         row["fingerprint"] = fingerprint(config, row)
 
     def work(summary: stage.Summary) -> None:
         stage.check_shared(config.output, config.shared_filesystem, "output")
-        done = [found for row in inputs if (found := finished(config, row)) is not None]
+        done = [found for row in listed if (found := finished(config, row)) is not None]
         known = {found["input"] for found in done}
-        pending = [row for row in inputs if row["input"] not in known]
+        pending = [row for row in listed if row["input"] not in known]
         made = restore_all(config, pending)
         rows = sorted([*done, *made], key=lambda found: found["name"])
         storage.write_json(storage.join(config.output, MANIFEST), rows)

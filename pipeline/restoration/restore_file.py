@@ -1,6 +1,6 @@
 """One video, image or image sequence -> its restored file: what an actor of `restore` does per file.
 
-A video's restored frames go into a closed segment at every chunk; the end joins the segments with the
+A video's restored frames go into a closed part at every chunk; the end joins the parts with the
 source's sound, without encoding again (`pipeline.restoration.resume`, `pipeline.video.muxing`).
 """
 
@@ -22,11 +22,14 @@ from torch import Tensor
 
 from model import preprocess
 from pipeline.restoration.restorer import Restorer, RestoreStream
-from pipeline.restoration.resume import Segments
+from pipeline.restoration.resume import RestoredParts
 from pipeline.store import storage
 from pipeline.video import colour, decoding, encoding, muxing
+from pipeline.video.encoding import VideoFormat, VideoWriter
 from pipeline.video.sandbox import Sandbox
 
+PNG = "png"
+"""The codec that is no video codec: a folder of pictures."""
 _REPORT_EVERY_S = 10.0
 _PREVIEW_SIDE_PX = 960
 
@@ -35,7 +38,7 @@ _PREVIEW_SIDE_PX = 960
 class Encoding:
     """How restored videos are written."""
 
-    codec: Literal["h264", "prores", "ffv1", "png"] = "h264"
+    codec: str = "h264"
     """h264: for watching; prores: for editing (.mov, always 10 bits); ffv1: lossless video (.mkv), for
     measuring; png: a folder of lossless pictures, without sound"""
     bits: Literal[8, 10] = 8
@@ -45,20 +48,24 @@ class Encoding:
     container: Literal["mp4", "mkv"] = "mp4"
     """of h264; sound or subtitles that mp4 cannot hold move that video to mkv"""
 
+    def __post_init__(self) -> None:
+        known = [*encoding.CODECS, PNG]
+        if self.codec not in known:
+            raise ValueError(f"encoding.codec: {self.codec!r} is none of {', '.join(known)}")
+
     @property
     def endings(self) -> list[str]:
-        """The containers to try, in this order."""
-        first = {"ffv1": "mkv", "prores": "mov"}.get(self.codec, self.container)
-        return [first, "mkv"]
+        """The containers to try, in this order; of a video, not of pictures."""
+        return [encoding.CODECS[self.codec].ending or self.container, "mkv"]
 
     @property
     def deep(self) -> bool:
         """Whether frames have more than 8 bits."""
-        return self.bits > 8 or self.codec == "prores"
+        return self.bits > 8 or (self.codec != PNG and encoding.CODECS[self.codec].always_deep)
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class SourceVideo:
     """A video to restore."""
 
     about: decoding.Probe
@@ -80,7 +87,7 @@ class Target:
     """for the progress lines"""
 
 
-def open_video(path: str, about: decoding.Probe, sandbox: Sandbox, deep: bool) -> Source:
+def open_video(path: str, about: decoding.Probe, sandbox: Sandbox, deep: bool) -> SourceVideo:
     """A video file, decoded in the sandbox."""
 
     def frames(skip: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -88,10 +95,10 @@ def open_video(path: str, about: decoding.Probe, sandbox: Sandbox, deep: bool) -
             if frame is not None:
                 yield stamp, frame
 
-    return Source(about, frames, path)
+    return SourceVideo(about, frames, path)
 
 
-def open_sequence(urls: list[str], fps: float, sandbox: Sandbox, folder: str) -> Source:
+def open_sequence(urls: list[str], fps: float, sandbox: Sandbox, folder: str) -> SourceVideo:
     """Images as the frames of a video; each is fetched when its turn comes."""
 
     def picture(url: str) -> np.ndarray:
@@ -107,7 +114,7 @@ def open_sequence(urls: list[str], fps: float, sandbox: Sandbox, folder: str) ->
         media="video", codec="sequence", pix_fmt="rgb24", bit_depth=8, width=width, height=height,
         coded_size=(width, height), rotation=0, time_base=1 / rate, num_frames=len(urls), fps=rate,
     )  # fmt: skip
-    return Source(about, lambda skip: ((i, picture(urls[i])) for i in range(skip, len(urls))))
+    return SourceVideo(about, lambda skip: ((i, picture(urls[i])) for i in range(skip, len(urls))))
 
 
 class Progress:
@@ -132,67 +139,81 @@ class Progress:
         print(line, flush=True)
 
 
-def restore_video(
-    restorer: Restorer,
-    source: Source,
-    size: tuple[int, int],
-    how: Encoding,
-    target: Target,
-    segments: Segments,
-    state: dict[str, Tensor] | None,
-    sandbox: Sandbox,
-    folder: str,
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class VideoJob:
+    """One video on its way to its file."""
+
+    restorer: Restorer
+    source: SourceVideo
+    size: tuple[int, int]
+    """height and width of the result"""
+    encoding: Encoding
+    target: Target
+    parts: RestoredParts
+    sandbox: Sandbox
+    folder: str
+    """local, for what is temporary"""
+
+    @property
+    def format(self) -> VideoFormat:
+        """Of the restored video: with the rate, time base and colours of the source."""
+        about, how = self.source.about, self.encoding
+        colours, (height, width) = encoding.Colours.of(about), self.size
+        return VideoFormat(about.fps, width, height, how.codec, how.bits, how.crf, colours, about.time_base)
+
+    def open_writer(self, path: str, number: int) -> "VideoWriter | PictureWriter":
+        """A part's writer; `number` is its first frame's."""
+        if self.encoding.codec == PNG:
+            return PictureWriter(self.target.result, number)
+        return VideoWriter(path, **vars(self.format))
+
+
+def restore_video(job: VideoJob, state: dict[str, Tensor] | None) -> dict[str, Any]:
     """Restore a video, going on from the `state` of an earlier job; its facts for the manifest."""
-    stream = RestoreStream(restorer, size, how.deep)
+    stream = RestoreStream(job.restorer, job.size, job.encoding.deep)
     if state is not None:
         stream.load_state_dict(state)
     facts: dict[str, Any] = {"resumed_from_frame": stream.frames_out}
-    restore_pictures(restorer, stream, source, size, how, target, segments, folder)
+    restore_pictures(job, stream)
     facts["frames"] = stream.frames_out
-    if how.codec == "png":
-        facts["output"] = target.result
-    else:
-        ending, copied, left = how.endings[0], 0, 0
-        if source.path is not None:
-            ending, copied, left = sandbox.call(muxing.choose_ending, source.path, how.endings)
-        joined = os.path.join(folder, f"joined.{ending}")
-        start = source.about.start_pts * source.about.time_base
-        video = video_format(how, source.about, size)
-        facts |= {"output": f"{target.result}.{ending}", "streams_copied": copied, "streams_left": left}
-        with restorer.timed("write"):
-            for _ in sandbox.stream(muxing.join, source.path, segments.local(), video, start, joined):
-                pass
-            storage.put_file(joined, facts["output"])
-    segments.remove()
+    facts |= {"output": job.target.result} if job.encoding.codec == PNG else join_parts(job)
+    job.parts.remove()
     return facts
 
 
-def restore_pictures(
-    restorer: Restorer,
-    stream: RestoreStream,
-    source: Source,
-    size: tuple[int, int],
-    how: Encoding,
-    target: Target,
-    segments: Segments,
-    folder: str,
-) -> None:
-    """Write the segments that are missing, each frame at its source's time stamp."""
-    about = source.about
-    progress = Progress(target.name, about.num_frames, stream.frames_out)
-    preview = Preview(target.preview, about.num_frames // 2)
+def join_parts(job: VideoJob) -> dict[str, Any]:
+    """Write the result: the restored parts with the source's sound."""
+    source, endings = job.source, job.encoding.endings
+    ending, copied, left = endings[0], 0, 0
+    if source.path is not None:
+        ending, copied, left = job.sandbox.call(muxing.choose_ending, source.path, endings)
+    joined = os.path.join(job.folder, f"joined.{ending}")
+    start = source.about.start_pts * source.about.time_base
+    output = f"{job.target.result}.{ending}"
+    with job.restorer.timed("write"):
+        for _ in job.sandbox.stream(muxing.join, source.path, job.parts.local(), job.format, start, joined):
+            pass
+        storage.put_file(joined, output)
+    return {"output": output, "streams_copied": copied, "streams_left": left}
+
+
+def restore_pictures(job: VideoJob, stream: RestoreStream) -> None:
+    """Write the parts that are missing, each frame at its source's time stamp."""
+    restorer, about = job.restorer, job.source.about
+    progress = Progress(job.target.name, about.num_frames, stream.frames_out)
+    preview = Preview(job.target.preview, about.num_frames // 2)
     stamps: deque[int] = deque()  # of frames that are read but not yet written
-    path = os.path.join(folder, "segment." + ("mov" if how.codec == "prores" else "nut"))
+    ending = "" if job.encoding.codec == PNG else encoding.CODECS[job.encoding.codec].ending_of_parts
+    path = os.path.join(job.folder, f"part.{ending}")
 
     def write(restored: Iterator[np.ndarray]) -> bool:
-        """One segment of all that is ready; False if nothing is."""
+        """One part of all that is ready; False if nothing is."""
         batch = next(restored, None)
         if batch is None:
             return False
         first_pts, number = stamps[0], stream.frames_out - len(batch)
         with contextlib.ExitStack() as open_files:
-            writer = open_writer(how, path, target.result, number, about, size)
+            writer = job.open_writer(path, number)
             open_files.enter_context(writer)
             for frame in itertools.chain(batch, itertools.chain.from_iterable(restored)):
                 with restorer.timed("write"):
@@ -201,39 +222,21 @@ def restore_pictures(
                 number += 1
             with restorer.timed("write"):
                 open_files.close()  # encoders hold back some dozens of frames
-                if how.codec != "png":
-                    segments.put(path, first_pts - about.start_pts)
+                if ending:
+                    job.parts.put(path, first_pts - about.start_pts)
         progress.report(number)
         return True
 
     for number, (stamp, frame) in enumerate(
-        restorer.timed_items("read", source.frames(stream.frames_out)), stream.frames_out
+        restorer.timed_items("read", job.source.frames(stream.frames_out)), stream.frames_out
     ):
         stamps.append(stamp)
         preview.before(number, frame)
         if write(stream.push(frame)):
             with restorer.timed("write"):
-                segments.save(stream.state_dict)
+                job.parts.save(stream.state_dict)
     write(stream.finish())
     progress.report(stream.frames_out, at_end=True)
-
-
-def video_format(how: Encoding, about: decoding.Probe, size: tuple[int, int]) -> encoding.VideoFormat:
-    """Of the restored video: as `how` says, with the rate, time base and colours of the source."""
-    assert how.codec != "png"
-    colours = encoding.Colours.of(about)
-    return encoding.VideoFormat(
-        about.fps, size[1], size[0], how.codec, how.bits, how.crf, colours, about.time_base
-    )
-
-
-def open_writer(
-    how: Encoding, path: str, result: str, number: int, about: decoding.Probe, size: tuple[int, int]
-) -> "encoding.VideoWriter | PictureWriter":
-    """A segment's writer; `number` is its first frame's."""
-    if how.codec == "png":
-        return PictureWriter(result, number)
-    return encoding.VideoWriter(path, **vars(video_format(how, about, size)))
 
 
 class PictureWriter:

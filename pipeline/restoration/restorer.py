@@ -7,19 +7,18 @@ frame count to 4n+1 by repeating the last frame, and both are trimmed at the end
 """
 
 import contextlib
-import dataclasses
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model import flow, preprocess
-from model.denoise import Schedule, denoise
+from model import preprocess
+from model.denoise import denoise
 from model.vae.autoencoder import CausalVideoAutoencoder
 from model.vae.causal_conv import StreamMemory, channels_last
 from pipeline.restoration import memory_plan
@@ -27,74 +26,19 @@ from pipeline.restoration.chunking import (
     Chunk,
     ChunkBlender,
     ChunkCutter,
-    ChunkPlan,
 )
 from pipeline.restoration.memory_plan import MemoryPlan, Models
+from pipeline.restoration.reconstruction import UNKNOWN_LENGTH
+from pipeline.restoration.sampling_config import Sampling
 from pipeline.store.schema import TEMPORAL_FACTOR
-from pipeline.video import pixel_range
 from pipeline.weights import weights_folder
-from pipeline.weights.backbones import Backbone, ModelConfig, load_backbone
+from pipeline.weights.backbones import Backbone, ModelConfig, load_with_prompts
 from pipeline.weights.frame_noise import frame_noise
 
 STEPS_OF_WORK = ("read", "encode", "transformer", "decode", "pixels", "write")
 """pixels: sizes and colours; read and write: of files, where there are some."""
-_UNKNOWN_LENGTH = 2**62
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Everything but the weights and the size that determines how a restored video looks."""
-
-    steps: int | None = None
-    """Euler steps of the sampler; one step gives the smoothest picture and the highest PSNR (null: as the
-    model is meant to be sampled, 50, SeedVR2 1)"""
-    guidance_scale: float | None = None
-    """of classifier-free guidance towards the positive prompt; 1 is none and costs half as much (null: 1,
-    SeedVR 6.5)"""
-    condition_noise: float | None = None
-    """noise on the low-quality latent, 0 to 1000, before it is shifted by the video's size; more noise frees
-    the model further from its input (null: 100, SeedVR2 0)"""
-    seed: int = 0
-    """of all noise; the same seed gives the same video"""
-    color_fix: Literal["wavelet", "adain", "none"] = "wavelet"
-    """take colours and low frequencies (wavelet) or channel means and deviations (adain) from the input"""
-    chunk_frames: int = 21
-    """video frames that the transformer sees at once, 4n+1: the more, the steadier, and the more memory"""
-    overlap_frames: int = 8
-    """frames that neighbouring chunks share and blend over, a multiple of 4"""
-    slice_frames: int = 8
-    """frames that the autoencoder takes at once, a multiple of 4; changes memory, not the result"""
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"sampling.steps: {self.steps}; it must be at least 1")
-        if self.condition_noise is not None and not 0 <= self.condition_noise <= flow.MAX_TIME:
-            raise ValueError(f"sampling.condition_noise: {self.condition_noise} is not within 0 to 1000")
-        if self.chunk_frames < 1 or self.chunk_frames % TEMPORAL_FACTOR != 1:
-            raise ValueError(f"sampling.chunk_frames: {self.chunk_frames} is not 4n+1 (1, 5, 9, ...)")
-        for key in ("overlap_frames", "slice_frames"):
-            if getattr(self, key) % TEMPORAL_FACTOR or getattr(self, key) < 0:
-                raise ValueError(f"sampling.{key}: {getattr(self, key)} is not a multiple of 4")
-        if self.slice_frames < TEMPORAL_FACTOR:
-            raise ValueError("sampling.slice_frames: it must be at least 4")
-        if self.overlap_frames > self.chunk_frames - 1:
-            raise ValueError(
-                f"sampling.overlap_frames: {self.overlap_frames} leaves nothing new in chunks of "
-                f"{self.chunk_frames} frames; at most {self.chunk_frames - 1}"
-            )
-
-    def schedule(self, of_model: Schedule) -> Schedule:
-        """The model's schedule with what is given here in its place."""
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(of_model)}
-        return dataclasses.replace(of_model, **{k: value for k, value in given.items() if value is not None})
-
-    @property
-    def chunks(self) -> ChunkPlan:
-        """In latent frames."""
-        latent_frames = (self.chunk_frames - 1) // TEMPORAL_FACTOR + 1
-        return ChunkPlan(latent_frames, self.overlap_frames // TEMPORAL_FACTOR)
 
 
 class Restorer:
@@ -138,7 +82,9 @@ class Restorer:
     ) -> "Restorer":
         """From folders that training wrote, or from released files."""
         place, dtype = placement(device)
-        return cls(weights_folder.load_vae(model.vae), load_backbone(model, dtype, place), sampling, place)
+        return cls(
+            weights_folder.load_vae(model.vae), load_with_prompts(model, dtype, place), sampling, place
+        )
 
     def plans(self, size: tuple[int, int]) -> list[MemoryPlan]:
         """All plans for results of (height, width) pixels, the one to be preferred first."""
@@ -354,7 +300,7 @@ class RestoreStream:
                 height, width = self._padded
                 stream = restorer.vae.decode_stream(
                     [z],
-                    _UNKNOWN_LENGTH,
+                    UNKNOWN_LENGTH,
                     height,
                     width,
                     slice_frames,
@@ -413,34 +359,6 @@ class RestoreStream:
             pixels = unit.mul_(np.iinfo(depth).max).round_()[0].permute(1, 2, 0)
             frames[number] = (pixels if self._deep else pixels.to(torch.uint8)).cpu().numpy()
         return frames
-
-
-def reconstruct(
-    vae: CausalVideoAutoencoder, frames: Iterable[np.ndarray], slice_frames: int = 8
-) -> Iterator[np.ndarray]:
-    """What the autoencoder alone makes (its mode) of uint8 (H, W, 3) frames, as uint8 (t, H, W, 3): the
-    ceiling of every restoration with it. Memory does not grow with the length."""
-    encoding, decoding = StreamMemory(), StreamMemory()
-    parameter = next(vae.parameters())
-    waiting: list[np.ndarray] = []
-
-    @torch.inference_mode()
-    def through() -> np.ndarray:
-        pixels = pixel_range.to_network(np.stack(waiting), parameter.device).to(parameter.dtype)
-        height, width = waiting[0].shape[:2]
-        ((mean, log_variance),) = list(vae.encode_stream([pixels], slice_frames, encoding))
-        latent = vae.to_latent(mean, log_variance, None)
-        stream = vae.decode_stream([latent], _UNKNOWN_LENGTH, height, width, slice_frames, decoding)
-        (decoded,) = list(stream)
-        return pixel_range.to_pixels(decoded[:, :, : len(waiting)])
-
-    for frame in frames:
-        waiting.append(frame)
-        if len(waiting) == slice_frames + encoding.at_start:
-            yield through()
-            waiting.clear()
-    if waiting:
-        yield through()
 
 
 def _size_text(shape: tuple[int, ...] | None) -> str:

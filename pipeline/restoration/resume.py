@@ -1,11 +1,11 @@
-"""A restored video on its way to its file: a closed segment per chunk, and the state after the last of them.
+"""A restored video on its way to its file: a closed part per chunk, and the state after the last of them.
 
     <folder>/000012_480480.nut    pictures; the number is the time stamp of the first
-    <folder>/state.safetensors    what the restoration needs to go on, and the segments before
+    <folder>/state.safetensors    what the restoration needs to go on, and the parts before
 
-A job that was killed goes on after the segments that the state knows; later ones are written again, with the
+A job that was killed goes on after the parts that the state knows; later ones are written again, with the
 same content. For the full autoencoder at 1080p the state is gigabytes, so it is saved only as often as leaves
-98% of the time to the restoration; segments are always cut at the same places, so that a result does not
+98% of the time to the restoration; parts are always cut at the same places, so that a result does not
 depend on when its job was killed.
 """
 
@@ -18,14 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.store import storage
-from pipeline.video.muxing import Segment
+from pipeline.video.muxing import VideoPart
 
 _STATE = "state.safetensors"
+_NAMES = "segments"  # the key of the parts' names in the state, as stored since 0.1.0
 _SHARE_OF_TIME = 0.02
 
 
-class Segments:
-    """The segments of one video below a folder URL, made in one way (`fingerprint`)."""
+class RestoredParts:
+    """The parts of one video below a folder URL, made in one way (`fingerprint`)."""
 
     def __init__(self, url: str, fingerprint: str, work_folder: str) -> None:
         """work_folder: local, for files before they are published."""
@@ -36,7 +37,7 @@ class Segments:
         self._saved_at, self._save_s = float("-inf"), 0.0
 
     def load(self) -> dict[str, Tensor] | None:
-        """The state that an earlier job left, if its segments are there too and were made in the same way;
+        """The state that an earlier job left, if its parts are there too and were made in the same way;
         else what is there is removed."""
         state_url = storage.join(self.url, _STATE)
         if storage.exists(state_url):
@@ -45,7 +46,7 @@ class Segments:
                 safe_open(path, framework="pt") as file,
             ):
                 about = file.metadata()
-                names = about["segments"].split()
+                names = about[_NAMES].split()
                 there = {os.path.basename(url) for url, _, _ in storage.list_files(self.url)}
                 if about["fingerprint"] == self._fingerprint and there.issuperset(names):
                     self._names = names
@@ -54,7 +55,7 @@ class Segments:
         return None
 
     def put(self, path: str, first_pts: int) -> None:
-        """Take a finished segment, a local file, over."""
+        """Take a finished part, a local file, over."""
         name = f"{len(self._names):06d}_{first_pts}{os.path.splitext(path)[1]}"
         storage.put_file(path, storage.join(self.url, name))
         self._names.append(name)
@@ -65,14 +66,14 @@ class Segments:
         if (start - self._saved_at) * _SHARE_OF_TIME < self._save_s:
             return
         local = os.path.join(self._work_folder, _STATE)
-        about = {"fingerprint": self._fingerprint, "segments": " ".join(self._names)}
+        about = {"fingerprint": self._fingerprint, _NAMES: " ".join(self._names)}
         save_file(dict(state()), local, metadata=about)
         storage.put_file(local, storage.join(self.url, _STATE))
         self._saved_at = time.monotonic()
         self._save_s = self._saved_at - start
 
-    def local(self) -> list[Segment]:
-        """All segments, as local files."""
+    def local(self) -> list[VideoPart]:
+        """All parts, as local files."""
         found = []
         for name in self._names:
             url = storage.join(self.url, name)
@@ -80,10 +81,10 @@ class Segments:
             if not url.startswith("file://"):
                 path = os.path.join(self._work_folder, name)
                 storage.fetch(url, path)
-            found.append(Segment(path, int(os.path.splitext(name)[0].split("_")[1])))
+            found.append(VideoPart(path, int(os.path.splitext(name)[0].split("_")[1])))
         return found
 
     def remove(self) -> None:
-        """Remove segments and state."""
+        """Remove parts and state."""
         self._names = []
         storage.remove_folder(self.url)

@@ -22,6 +22,7 @@ from model import checkpoints
 from model.vae import FULL_CONFIG, AutoencoderConfig, CausalVideoAutoencoder
 from pipeline.data import text_embeddings
 from pipeline.store import storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.training.state import checkpoint
 from pipeline.weights import backbones, weights_folder
 
@@ -34,10 +35,10 @@ RELEASED_LICENSE = "Apache-2.0, as the released SeedVR weights"
 class ConvertConfig:
     """What `jobs.convert` reads."""
 
-    source: str
+    source: Url
     """URL of a released file (.pth, .safetensors), of a weights folder, or of one checkpoint of train_dit
     (<output>/checkpoints/dit/checkpoint_...)"""
-    output: str
+    output: Url
     """URL: a name in .pth or .safetensors makes a file with the released names, any other a weights folder"""
     kind: ReleasedKind | None = None
     """what a source file holds (null for folders, which say so themselves)"""
@@ -45,19 +46,17 @@ class ConvertConfig:
     """of a checkpoint: the moving average, or the weights as they train"""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """precision of the result"""
-    positive: str | None = None
+    positive: Url | None = None
     """URL of the release's pos_emb.pt, to make a weights folder of a released transformer"""
-    negative: str | None = None
+    negative: Url | None = None
     """URL of its neg_emb.pt, likewise"""
-    data: str | None = None
+    data: Url | None = None
     """URL of the data root that a checkpoint was trained on, to make a weights folder: it has the prompts"""
     license: str | None = None
     """for the model card (null: that of the released weights for them and what was tuned from them)"""
 
     def __post_init__(self) -> None:
-        for key in ("source", "output", "positive", "negative", "data"):
-            if getattr(self, key) is not None:
-                storage.check_url(getattr(self, key), key)
+        check_urls(self)
         if weights_folder.is_released_file(self.source) != (self.kind is not None):
             raise ValueError(f"kind: it says what a single file holds; {self.source} goes {self._without}it")
         if (self.positive is None) != (self.negative is None):

@@ -1,8 +1,9 @@
 """Video files out: frames of an exact size, encoded with the colours and the time stamps of their source."""
 
 import dataclasses
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 import av
 import cv2
@@ -12,15 +13,55 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 
 from pipeline.video import colour, decoding
 
-Codec = Literal["h264", "prores", "ffv1"]
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """All that is particular to one codec of restored videos. Odd sizes need 4:4:4."""
+
+    encoder: str
+    """FFmpeg's name"""
+    pixels: Callable[[int, bool], str]
+    """FFmpeg's pixel format, from the bits per channel and whether a side is odd"""
+    options: Callable[[int], dict[str, str]] = lambda crf: {}
+    """of the encoder, from the constant rate factor"""
+    threads: int = 1
+    """fixed, so that the same frames give the same bytes on every machine"""
+    always_deep: bool = False
+    """more than 8 bits whatever is asked for"""
+    ending: str | None = None
+    """the container of whole videos; None: mp4 or mkv, as the user likes"""
+    ending_of_parts: str = "nut"
+    """the container of a part of a video"""
+
+
+def _chroma_halved(bits: int, odd: bool) -> str:
+    return ("yuv444p" if odd else "yuv420p") + ("" if bits == 8 else "10le")
+
+
 # No HEVC: the x265 of these builds writes past its buffers when a process encodes a second, larger size.
-_ENCODERS = {"h264": "libx264", "prores": "prores_ks", "ffv1": "ffv1"}
-_H264_THREADS = 4
+CODECS = {
+    "h264": Codec(
+        "libx264",
+        _chroma_halved,
+        # With its macroblock tree x264 does not always make the same bytes of the same frames.
+        options=lambda crf: {"crf": str(crf), "x264-params": "mbtree=0"},
+        threads=4,
+    ),
+    "prores": Codec(
+        "prores_ks",
+        lambda bits, odd: "yuv444p10le" if odd else "yuv422p10le",
+        always_deep=True,
+        ending="mov",
+        ending_of_parts="mov",
+    ),
+    "ffv1": Codec("ffv1", lambda bits, odd: "bgr0" if bits == 8 else "gbrp10le", ending="mkv"),
+}
+"""Adding a codec is an entry here."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Colours:
-    """How a video codes its colours, named as in `media.Probe`."""
+    """How a video codes its colours, named as in `decoding.Probe`."""
 
     matrix: int = 1
     """its number in files: 1 is BT.709"""
@@ -30,7 +71,7 @@ class Colours:
 
     @classmethod
     def of(cls, about: decoding.Probe) -> "Colours":
-        """Those of a source whose frames come from `display.RgbConverter`: its own, or BT.709 where that maps
+        """Those of a source whose frames come from `colour.RgbConverter`: its own, or BT.709 where that maps
         HDR to standard range, or where the source says nothing."""
         if about.hdr:
             return cls(full_range=about.full_range)
@@ -59,7 +100,8 @@ class VideoFormat:
     fps: Fraction | int
     width: int
     height: int
-    codec: Codec = "h264"
+    codec: str = "h264"
+    """one of CODECS"""
     bits: int = 8
     """8, or 10 (ProRes always has 10)"""
     crf: int = 16
@@ -71,26 +113,17 @@ class VideoFormat:
     @property
     def pixels(self) -> str:
         """FFmpeg's name of the pixel format. Odd sizes become 4:4:4, which needs no even sides."""
-        odd = self.width % 2 or self.height % 2
-        if self.codec == "ffv1":
-            return "bgr0" if self.bits == 8 else "gbrp10le"
-        if self.codec == "prores":
-            return "yuv444p10le" if odd else "yuv422p10le"
-        return ("yuv444p" if odd else "yuv420p") + ("" if self.bits == 8 else "10le")
+        return CODECS[self.codec].pixels(self.bits, bool(self.width % 2 or self.height % 2))
 
     def add_to(self, container: Any) -> Any:
         """A new stream of this format in an output container, with its encoder (its threads do not depend on
         the machine, so the same frames give the same bytes everywhere)."""
-        fps = Fraction(self.fps).limit_denominator(1_000_000)
-        options = {}
-        if self.codec == "h264":
-            # With its macroblock tree x264 does not always make the same bytes of the same frames.
-            options = {"crf": str(self.crf), "x264-params": "mbtree=0"}
-        stream = container.add_stream(_ENCODERS[self.codec], rate=fps, options=options)
+        codec, fps = CODECS[self.codec], Fraction(self.fps).limit_denominator(1_000_000)
+        stream = container.add_stream(codec.encoder, rate=fps, options=codec.options(self.crf))
         stream.width, stream.height, stream.pix_fmt = self.width, self.height, self.pixels
         context = stream.codec_context
         stream.time_base = context.time_base = self.time_base or 1 / fps
-        context.thread_count = _H264_THREADS if self.codec == "h264" else 1
+        context.thread_count = codec.threads
         context.color_primaries = _number(ColorPrimaries, self.colours.primaries)
         context.color_trc = _number(ColorTrc, self.colours.transfer)
         if self.pixels.startswith("yuv"):
@@ -113,7 +146,7 @@ class VideoWriter:
         fps: Fraction | int,
         width: int,
         height: int,
-        codec: Codec = "h264",
+        codec: str = "h264",
         bits: int = 8,
         crf: int = 16,
         colours: Colours = Colours(),

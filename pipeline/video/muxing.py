@@ -16,7 +16,7 @@ from pipeline.video.encoding import VideoFormat
 
 
 @dataclasses.dataclass(frozen=True)
-class Segment:
+class VideoPart:
     """A closed file with some of a video's pictures, its time stamps counted from its first frame."""
 
     path: str
@@ -53,13 +53,13 @@ _FORMATS = {"mkv": "matroska"}
 
 
 def join(
-    source: str | None, segments: list[Segment], video: VideoFormat, start: Fraction, target: str
+    source: str | None, parts: list[VideoPart], video: VideoFormat, start: Fraction, target: str
 ) -> Iterator[int]:
-    """Write `target`: the segments' pictures one after another with the sound, subtitles, chapters and titles
+    """Write `target`: the parts' pictures one after another with the sound, subtitles, chapters and titles
     of `source` (if there is one), nothing encoded again. Gives the number of packets written now and then.
 
     Sound keeps its offset to the pictures: they start at 0, so packets are moved back by `start`, the time
-    of the source's first frame in seconds. `video` is the segments' format: a stream made with it has the
+    of the source's first frame in seconds. `video` is the parts' format: a stream made with it has the
     header of theirs and says the frame rate, which a copied stream does not.
     """
     with contextlib.ExitStack() as stack:
@@ -67,7 +67,7 @@ def join(
         output = stack.enter_context(av.open(target, "w", container_options={"fflags": "+bitexact"}))
         pictures = video.add_to(output)
         companions: dict[int, Any] = {}
-        queues = [_pictures(segments, video)]
+        queues = [_pictures(parts, video)]
         if source is not None:
             foreign = stack.enter_context(_open_foreign(source))
             companions = _add_companions(output, _companions(foreign))
@@ -114,25 +114,25 @@ def _moved(chapter: Any, by_s: Fraction) -> Any:
     return {**chapter, "start": max(0, chapter["start"] - ticks), "end": max(0, chapter["end"] - ticks)}
 
 
-def _pictures(segments: list[Segment], video: VideoFormat) -> Iterator[Any]:
-    """The packets of all segments with the whole video's time stamps.
+def _pictures(parts: list[VideoPart], video: VideoFormat) -> Iterator[Any]:
+    """The packets of all parts with the whole video's time stamps.
 
     A decoder gets frames some packets late where an encoder reordered them; the decoding times of all are
-    the display times in order, delayed by the most that any segment reorders.
+    the display times in order, delayed by the most that any part reorders.
     """
     assert video.time_base is not None
     step = max(1, round(1 / (video.fps * video.time_base)))
-    delay = max(_reordering(segment) for segment in segments)
+    delay = max(_reordering(part) for part in parts)
     earlier = deque(range(-delay * step, 0, step))
-    for segment in segments:
-        with av.open(segment.path) as opened:
+    for part in parts:
+        with av.open(part.path) as opened:
             stream: Any = opened.streams.video[0]
             base = stream.time_base
             packets: list[Any] = [packet for packet in opened.demux(stream) if packet.size]
             # Formats differ in what they do to the negative decoding times before a reordered first frame.
             first = min(packet.pts for packet in packets)
             stamps = [
-                segment.first_pts + round((packet.pts - first) * base / video.time_base) for packet in packets
+                part.first_pts + round((packet.pts - first) * base / video.time_base) for packet in packets
             ]
             for packet, shown, due in zip(packets, stamps, sorted(stamps), strict=True):
                 earlier.append(due)
@@ -141,9 +141,9 @@ def _pictures(segments: list[Segment], video: VideoFormat) -> Iterator[Any]:
                 yield packet
 
 
-def _reordering(segment: Segment) -> int:
+def _reordering(part: VideoPart) -> int:
     """How many packets late a frame of it comes at most."""
-    with av.open(segment.path) as opened:
+    with av.open(part.path) as opened:
         stream: Any = opened.streams.video[0]
         stamps = [packet.pts for packet in opened.demux(stream) if packet.size]
     place = {stamp: index for index, stamp in enumerate(sorted(stamps))}

@@ -17,6 +17,7 @@ from model.dit.nadit import SEEDVR_3B, SEEDVR_7B, NaDiTConfig
 from model.dit.swin_mmdit import SwinMMDiTConfig
 from model.vae.autoencoder import AutoencoderConfig
 from pipeline.store import storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.weights import weights_folder
 
 Kind = Literal["own", "seedvr-3b", "seedvr-7b", "seedvr2-3b", "seedvr2-7b"]
@@ -49,12 +50,13 @@ RELEASED: dict[str, Released] = {
 class BackboneConfig:
     """A transformer to start from."""
 
-    weights: str
+    weights: Url
     """URL of a folder that train_dit wrote, or of a released file (.pth or .safetensors)"""
     kind: Kind = "own"
     """own: a folder of ours; else which released model the file holds"""
 
     def __post_init__(self) -> None:
+        check_urls(self, "initial.")
         _check_weights(self.weights, self.kind, "initial")
 
 
@@ -62,26 +64,24 @@ class BackboneConfig:
 class ModelConfig:
     """The models of a restoration."""
 
-    weights: str
+    weights: Url
     """URL of a folder that train_dit wrote, or of a released file (.pth or .safetensors)"""
-    vae: str
+    vae: Url
     """URL of a folder that train_vae wrote, or of the released autoencoder's file"""
     kind: Kind = "own"
     """own: a folder of ours; else which released model the file holds"""
-    positive: str | None = None
+    positive: Url | None = None
     """URL of the prompt: the release's pos_emb.pt, which its models need; for ours a .safetensors file with
     `text` and `pooled`, for guidance"""
-    negative: str | None = None
+    negative: Url | None = None
     """URL of the release's neg_emb.pt, for guidance; ours carry their own"""
     shape_quirk: bool = True
     """of released models only: shift the condition's noise by (height, width, 16), as their scripts do, and
     not by (frames, height, width), as was meant"""
 
     def __post_init__(self) -> None:
+        check_urls(self, "model.")
         _check_weights(self.weights, self.kind, "model")
-        for key in ("vae", "positive", "negative"):
-            if getattr(self, key) is not None:
-                storage.check_url(getattr(self, key), f"model.{key}")
         if self.kind == "own" and self.negative is not None:
             raise ValueError("model.negative: a folder of ours carries its own negative prompt; leave it out")
         if self.kind != "own" and self.positive is None:
@@ -104,7 +104,6 @@ class ModelConfig:
 
 
 def _check_weights(url: str, kind: Kind, key: str) -> None:
-    storage.check_url(url, f"{key}.weights")
     if kind == "own" and weights_folder.is_released_file(url):
         raise ValueError(
             f"{key}.kind: {url} is a single file; say which released model it holds, or give a folder of ours"
@@ -152,7 +151,9 @@ def load_transformer(
         return checkpoints.load_backbone(path, shape, dtype, device).requires_grad_(False), None
 
 
-def load_backbone(config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> Backbone:
+def load_with_prompts(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Backbone:
     """The transformer of a restoration with its prompts."""
     network, carried = load_transformer(BackboneConfig(config.weights, config.kind), dtype, device)
     positive = read_prompt(config.positive) if config.positive else None

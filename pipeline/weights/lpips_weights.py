@@ -24,7 +24,6 @@ def check_perceptual(perceptual: str, key: str = "perceptual") -> None:
     """ValueError, naming the config's `key`, unless it is "none", "hub" or a folder that holds both files."""
     if perceptual in ("none", "hub"):
         return
-    storage.check_url(perceptual, f'{key} (or the words "none" or "hub")')
     for name in (VGG_FILE, HEADS_FILE):
         if not storage.exists(storage.join(perceptual, name)):
             raise ValueError(f"{key}: {perceptual} has no {name}; put both published files of LPIPS there")

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any, Literal
 
 from pipeline.store import hashing, schema, storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.weights import weight_hashes
 
 # Raise a number when its score changes its meaning: the score is then computed anew.
@@ -23,13 +24,13 @@ class ScorersConfig:
     absolute folder that every node has; the head is part of this package"""
     clip_iqa: str | None = None
     """CLIP-IQA: CLIP RN50 as a Hugging Face id (timm/resnet50_clip.openai) or such a folder"""
-    fast_vqa: str | None = None
+    fast_vqa: Url | None = None
     """URL of a FAST-VQA .pth"""
     fast_vqa_model: Literal["FAST-VQA", "FasterVQA", "FAST-VQA-M"] = "FAST-VQA"
     """which one that is: FAST_VQA_B_1_4.pth, FAST_VQA_3D_1_1.pth or FAST_VQA_M_1_4.pth"""
-    musiq: str | None = None
+    musiq: Url | None = None
     """URL of one of Google's MUSIQ .npz files (koniq_ckpt.npz)"""
-    dover: str | None = None
+    dover: Url | None = None
     """URL of a DOVER .pth; its licence forbids commercial use"""
     frames: int = 4
     """frames of a clip that those that look at single frames get"""
@@ -43,9 +44,7 @@ class ScorersConfig:
     """GPUs reserved for each"""
 
     def __post_init__(self) -> None:
-        for key in ("fast_vqa", "musiq", "dover"):
-            if (url := getattr(self, key)) is not None:
-                object.__setattr__(self, key, storage.check_url(url, f"scorers.{key}"))
+        check_urls(self, "scorers.")
         for key in ("frames", "actors", "clips_per_shard"):
             if getattr(self, key) < 1:
                 raise ValueError(f"scorers.{key}: {getattr(self, key)}; it must be at least 1")

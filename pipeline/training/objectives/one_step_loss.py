@@ -14,7 +14,8 @@ from torch import Tensor
 
 from model.flow import MAX_TIME
 from model.vae.autoencoder import CausalVideoAutoencoder
-from pipeline.store import schema, storage
+from pipeline.store import schema
+from pipeline.store.urls import Url, check_urls
 from pipeline.training.samples.batch import Batch
 from pipeline.weights import weights_folder
 
@@ -25,17 +26,16 @@ class OneStepConfig:
 
     share: float = 0.5
     """of the samples; the others keep the usual times and noises"""
-    vae: str | None = None
+    vae: Url | None = None
     """URL of the autoencoder that made the latents: adds the mean absolute error of the decoded estimate
     (null: the latent's squared error alone)"""
     pixel_weight: float = 1.0
     """of that error, on pixels from -1 to 1; it goes with vae"""
 
     def __post_init__(self) -> None:
+        check_urls(self, "one_step.")
         if not 0 < self.share <= 1:
             raise ValueError(f"one_step.share: {self.share} is not within 0 to 1 (0: leave one_step out)")
-        if self.vae is not None:
-            storage.check_url(self.vae, "one_step.vae")
 
 
 class PixelLoss:

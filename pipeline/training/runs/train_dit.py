@@ -24,6 +24,7 @@ from pipeline.data import text_embeddings
 from pipeline.data.precompute import SampleConfig
 from pipeline.runtime import stage
 from pipeline.store import schema, storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.training.objectives.one_step_loss import OneStepConfig, PixelLoss
 from pipeline.training.runs import loggers, loop, run_log, trainer, utilisation
 from pipeline.training.runs.held_out import held_out_loss, held_out_set
@@ -65,9 +66,9 @@ class StageConfig:
 class TrainDitConfig:
     """What `jobs.train_dit` reads."""
 
-    data: str
+    data: Url
     """absolute URL of the data root that holds latents/ and text/ (with `online`: clips/ and selection/)"""
-    output: str
+    output: Url
     """absolute URL; checkpoints/dit, weights/dit and tensorboard/dit are written there"""
     stages: list[StageConfig]
     """in order; the run moves on by itself"""
@@ -75,7 +76,7 @@ class TrainDitConfig:
     """the shape of a network with random weights; exactly one of model and initial"""
     initial: backbones.BackboneConfig | None = None
     """the network to go on from, ours or a released one"""
-    sd3: str | None = None
+    sd3: Url | None = None
     """with `model`: start from SD3's transformer; URL of its safetensors file or of diffusers' folder"""
     optimiser: trainer.OptimiserConfig = dataclasses.field(default_factory=trainer.OptimiserConfig)
     """AdamW, clipping, warm-up, moving average"""
@@ -111,8 +112,7 @@ class TrainDitConfig:
     """of the order of samples, noise, times and initial weights"""
 
     def __post_init__(self) -> None:
-        storage.check_url(self.data, "data")
-        storage.check_url(self.output, "output")
+        check_urls(self)
         for workers in range(self.scale.workers[0], self.scale.workers[1] + 1):
             if self.packs_per_step % workers:
                 raise ValueError(
@@ -124,10 +124,8 @@ class TrainDitConfig:
             raise ValueError("stages: give at least one")
         if (self.model is None) == (self.initial is None):
             raise ValueError("model, initial: give exactly one of them")
-        if self.sd3 is not None:
-            storage.check_url(self.sd3, "sd3")
-            if self.model is None:
-                raise ValueError("sd3: it goes with model, not with initial; give one of the two")
+        if self.sd3 is not None and self.model is None:
+            raise ValueError("sd3: it goes with model, not with initial; give one of the two")
 
     @property
     def total_steps(self) -> int:

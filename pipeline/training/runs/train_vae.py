@@ -26,6 +26,7 @@ from pipeline.data import cropping
 from pipeline.metrics.psnr_ssim import psnr
 from pipeline.runtime import stage
 from pipeline.store import hashing, storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.training.objectives import vae_loss
 from pipeline.training.objectives.vae_loss import AdversarialConfig, LengthGroup, Objective
 from pipeline.training.runs import loggers, loop, trainer
@@ -62,15 +63,15 @@ class VaeStageConfig:
 class TrainVaeConfig:
     """What `jobs.train_vae` reads."""
 
-    data: str
+    data: Url
     """absolute URL of the data root that holds clips/ and selection/"""
-    output: str
+    output: Url
     """absolute URL; checkpoints/vae, weights/vae and tensorboard/vae are written there"""
     model: AutoencoderConfig
     """the network's shape"""
     stages: list[VaeStageConfig]
     """in order; the run moves on by itself"""
-    perceptual: str
+    perceptual: Url | Literal["none", "hub"]
     """absolute URL of a folder with LPIPS's published files vgg16-397923af.pth and vgg.pth; or the word hub
     (each node downloads them); or the word none, which is other training than the paper's"""
     optimiser: trainer.OptimiserConfig = dataclasses.field(default_factory=trainer.OptimiserConfig)
@@ -103,9 +104,9 @@ class TrainVaeConfig:
     """steps: checkpoints at their multiples are kept for good (0: none)"""
     start: Literal["random", "wavelets"] = "random"
     """where no weights are given: random, or a wavelet codec, which suits narrow models"""
-    initial_weights: str | None = None
+    initial_weights: Url | None = None
     """URL of a weights folder to start from, as a run without a discriminator leaves (null: see `start`)"""
-    initial_image_weights: str | None = None
+    initial_image_weights: Url | None = None
     """URL of a 2D image autoencoder's file to start from instead (diffusers' AutoencoderKL, such as SD3's)"""
     validate_every: int = 0
     """steps of the run between two looks at the held-out crops: their L1, PSNR and pictures (0: none)"""
@@ -118,8 +119,7 @@ class TrainVaeConfig:
     """of crops, posterior samples and initial weights"""
 
     def __post_init__(self) -> None:
-        storage.check_url(self.data, "data")
-        storage.check_url(self.output, "output")
+        check_urls(self)
         loggers.check_wandb(self.wandb)
         if not self.stages:
             raise ValueError("stages: give at least one")
@@ -354,9 +354,6 @@ def save_weights(worker: Worker, url: str, state: loop.State) -> None:
 def check_start(config: TrainVaeConfig) -> None:
     """ValueError, before Ray starts, if files that the config names are missing or of another model."""
     check_perceptual(config.perceptual)
-    for key in ("initial_weights", "initial_image_weights"):
-        if getattr(config, key) is not None:
-            storage.check_url(getattr(config, key), key)
     if config.initial_image_weights is not None and not storage.exists(config.initial_image_weights):
         raise ValueError(f"initial_image_weights: {config.initial_image_weights} does not exist")
     if config.initial_weights is not None:

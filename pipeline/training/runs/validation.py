@@ -16,6 +16,7 @@ from model.denoise import Network, Prompt, denoise
 from pipeline.metrics.niqe import niqe
 from pipeline.metrics.psnr_ssim import full_reference_scores
 from pipeline.store import hashing, schema, storage
+from pipeline.store.urls import Url, check_urls
 from pipeline.training.samples.latent_reader import Reader
 from pipeline.training.state import ranks
 from pipeline.video import encoding, pixel_range
@@ -32,7 +33,7 @@ class ValidationConfig:
 
     every: int
     """steps between two times"""
-    vae: str
+    vae: Url
     """URL of the autoencoder that made the latents"""
     clips: int = 4
     """how many clips: the largest of the stage's held-out samples, one of each clip"""
@@ -40,7 +41,7 @@ class ValidationConfig:
     """Euler steps of the sampler"""
 
     def __post_init__(self) -> None:
-        storage.check_url(self.vae, "validation.vae")
+        check_urls(self, "validation.")
         for key in ("every", "clips", "steps"):
             if getattr(self, key) < 1:
                 raise ValueError(f"validation.{key}: {getattr(self, key)}; it must be at least 1")

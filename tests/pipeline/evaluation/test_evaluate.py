@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from demo import report
 from model.checkpoints import load_clip
 from model.quality.clip_iqa import ClipIQA
-from pipeline.evaluation import comparison_tables, evaluate
+from pipeline.evaluation import comparison_tables, cost_figure, evaluate
 from pipeline.evaluation.evaluate import CEILING, METRICS, EvaluateConfig
-from pipeline.metrics import psnr_ssim
+from pipeline.metrics import metric_table, psnr_ssim
 from pipeline.metrics.metric_networks import LearnedMetrics
 from pipeline.store import storage
 from pipeline.video import decoding, encoding
@@ -187,6 +188,38 @@ def test_a_metric_with_weights_is_a_column(truth, tmp_path):
     about = evaluate.protocol(config)
     assert about["weights"]["clip_iqa"]["weights"] == clip_iqa and about["weights"]["clip_iqa"]["sha256"]
     assert "clip_iqa" not in about["left out"]
+
+
+def test_an_entry_in_the_table_is_a_metric_everywhere(truth, tmp_path, monkeypatch):
+    """One entry, and it is measured, is a column, has its title, decimals and direction."""
+    darkness = metric_table.Metric(
+        "darkness",
+        "Darkness",
+        lambda pair: 255.0 - float(pair.frame.mean()),
+        lower_is_better=True,
+        decimals=1,
+    )
+    monkeypatch.setitem(metric_table.METRICS, "darkness", darkness)
+    save(tmp_path / "real" / "a.mkv", truth)
+    config = EvaluateConfig(methods={"real": f"file://{tmp_path}/real"}, output=f"file://{tmp_path}/out")
+    assert config.metrics[-1] == "darkness"
+    (row,) = evaluate.plan_rows(config)
+    scores = evaluate.Measure(config)(row)["result"]
+    assert scores["darkness"] == pytest.approx(np.mean([255 - frame.mean() for frame in truth]))
+    table = comparison_tables.means([scores, {**scores, "method": "same"}], config.metrics)
+    text = comparison_tables.markdown_means(table, config.metrics, CEILING)
+    assert "Darkness ↓" in text and f"**{scores['darkness']:.1f}**" in text
+
+
+def test_a_metric_without_an_entry_is_an_error_and_does_not_vanish():
+    table = [{"method": "a", "clips": 1, "fancy": {"mean": 1.0, "standard_error": None, "clips": 1}}]
+    for shown in (
+        lambda: comparison_tables.markdown_means(table, ("fancy",), CEILING),
+        lambda: cost_figure.FigureConfig("file:///e", "file:///o", metric="fancy"),
+        lambda: report.metric_table(table),
+    ):
+        with pytest.raises(ValueError, match=r"metric: 'fancy' is none of psnr_rgb, .*, warping_error"):
+            shown()
 
 
 def test_means_standard_errors_and_marks():

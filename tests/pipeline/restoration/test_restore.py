@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from model.denoise import Prompt
+from pipeline.data import discovery
 from pipeline.restoration import restore
-from pipeline.restoration.restore import RestoreConfig, Restorer, Sampling
+from pipeline.restoration.restore import Encoding, RestoreConfig, Restorer, Sampling
 from pipeline.store import storage
-from pipeline.video import decoding
+from pipeline.video import decoding, encoding
 from pipeline.video.muxing import stamped_frames
 from pipeline.weights import weights_folder
 from pipeline.weights.backbones import OWN, Backbone, ModelConfig
@@ -253,6 +254,18 @@ def test_running_again_does_only_what_is_missing(job):
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if path != lost)
 
 
+def test_whatever_ingest_takes_is_restored_and_the_rest_is_named(tmp_path: Path, capsys):
+    taken = [f"a{ending}" for ending in (".3gp", ".asf", ".ivf", ".m2ts", ".MTS", ".vob", ".wmv", ".png")]
+    for name in (*taken, "notes.txt", "more.txt", "README"):
+        (tmp_path / name).write_bytes(b"x")
+    config = RestoreConfig(input=str(tmp_path), output="/out", model=MODEL)
+    assert sorted(row["input"].rsplit("/")[-1] for row in restore.list_inputs(config)) == sorted(taken)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("left out: 3 files") and "2 .txt" in line and "1 without an ending" in line
+    listing = discovery.Listing(f"file://{tmp_path}", "file:///out", [], None)
+    assert sorted(row["path"] for row in listing) == sorted(taken) and listing.ignored == 1
+
+
 def test_two_inputs_of_one_name_do_not_overwrite_each_other(tmp_path: Path):
     for name in ("a.mp4", "a.mov", "b.png"):
         (tmp_path / name).write_bytes(b"x")
@@ -279,6 +292,20 @@ def test_wrong_configs_name_their_key(wrong: dict, message: str):
     good = {"input": "file:///in", "output": "file:///out", "model": MODEL}
     with pytest.raises(ValueError, match=message):
         RestoreConfig(**{**good, **wrong})
+
+
+def test_an_entry_in_the_table_of_codecs_is_a_codec(tmp_path: Path, monkeypatch, frames: list[np.ndarray]):
+    """With no other change, videos are written in it, in the container that it says."""
+    with pytest.raises(ValueError, match=r"encoding\.codec: 'mpeg4' is none of h264, prores, ffv1, png"):
+        Encoding(codec="mpeg4")
+    entry = encoding.Codec("mpeg4", lambda bits, odd: "yuv420p", always_deep=True, ending="mkv")
+    monkeypatch.setitem(encoding.CODECS, "mpeg4", entry)
+    how = Encoding(codec="mpeg4")
+    assert how.endings[0] == "mkv" and how.deep
+    with encoding.VideoWriter(str(tmp_path / "a.mkv"), 25, 53, 37, codec=how.codec) as out:
+        out.write(frames[0])
+    about = decoding.probe(str(tmp_path / "a.mkv"))
+    assert (about.codec, about.bit_depth, about.width) == ("mpeg4", 8, 53)
 
 
 def test_target_sizes():
