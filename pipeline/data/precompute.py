@@ -23,7 +23,7 @@ from pipeline.data import cropping, precompute_cost, text_embeddings
 from pipeline.data.kept_clips import KeptClips
 from pipeline.runtime import prometheus, stage, work_plan
 from pipeline.store import bf16_columns, hashing, schema, source_cache, storage
-from pipeline.store.urls import Url
+from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding, pixel_range
 from pipeline.video.sandbox import MediaError
 from pipeline.video.sandbox import shared as shared_sandbox
