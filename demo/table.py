@@ -165,7 +165,7 @@ def by_shot(values: dict[str, float]) -> dict[str, Any]:
 
 
 def table_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per method as `evaluate_tables.means` gives it, with standard errors by shot."""
+    """A row per method as `comparison_tables.means` gives it, with standard errors by shot."""
     table = []
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]

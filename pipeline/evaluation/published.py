@@ -45,7 +45,7 @@ def autoencoders() -> list[dict[str, Any]]:
 
 
 def rows_of(dataset: str, metrics: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Table 1's rows of one set, shaped as `evaluate_tables.means`: a mean or None for each of `metrics`."""
+    """Table 1's rows of one set, shaped as `comparison_tables.means`: a mean or None for each metric."""
     found = [row for row in numbers() if row["table"] == 1 and row["dataset"] == dataset]
     if not found:
         raise ValueError(f"{dataset!r} is none of the paper's sets: {', '.join(datasets())}")

@@ -1,7 +1,7 @@
-"""Foreign files are read in a child process with limits: its hang, crash or hunger is one file's error.
+"""Foreign files are read in a child with limits: if it hangs, crashes or runs out of memory, one file fails.
 
     sandbox = Sandbox(time_limit_s=60, memory_limit_bytes=4 * 2**30)
-    probe = sandbox.call(media.probe, path)
+    probe = sandbox.call(decoding.probe, path)
     for part in sandbox.stream(generator_function, path): ...
 
 One child serves many calls; it is started anew after it died or was ended. What comes back is unpickled
