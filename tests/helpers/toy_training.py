@@ -1,15 +1,19 @@
 """A third training on the loop: three toy networks, two optimisers, two moving averages, without Ray.
 
-One engine moves an encoder and a decoder, the other a critic, every second step. As a program it is one rank:
-python -m tests.helpers.toy_training STORE RANK WORLD OUTPUT [STEP TO DIE AT].
+One engine moves an encoder and a decoder, the other a critic, every second step. As a program it runs on two
+ranks, whole into FOLDER/a, killed twice and resumed into FOLDER/b: -m tests.helpers.toy_training FOLDER
 """
 
 import dataclasses
 import functools
+import importlib
+import json
+import multiprocessing
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -153,9 +157,38 @@ def dying(training: loop.Training, last_step: int) -> loop.Training:
     return dataclasses.replace(training, open_stage=opened)
 
 
+def run_rank(folder: Path, name: str, output: str, rank: int, last_step: int | None) -> None:
+    with (folder / f"{name}-{rank}.log").open("w") as log, process_group(f"{folder}/{name}", rank, 2):
+        os.dup2(log.fileno(), 1)
+
+        def make(config: ToyConfig) -> loop.Training:
+            return build(config) if last_step is None else dying(build(config), last_step)
+
+        loop.run(make, ToyConfig(f"file://{folder}/{output}"), NoRequests())
+
+
+def on_two_ranks(folder: Path, name: str, output: str, last_step: int | None = None) -> list[int | None]:
+    """Exit codes of two ranks, forked: they need not import everything again."""
+    fork = multiprocessing.get_context("fork")
+    arguments = [(folder, name, output, rank, last_step) for rank in (0, 1)]
+    processes = [fork.Process(target=run_rank, args=own) for own in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
 if __name__ == "__main__":
-    store, rank, world, output, *last_step = sys.argv[1:]
     torch.set_num_threads(1)
-    with process_group(store, int(rank), int(world)):
-        make = (lambda config: dying(build(config), int(last_step[0]))) if last_step else build
-        loop.run(make, ToyConfig(output), NoRequests())
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    importlib.import_module("deepspeed")
+    here = Path(sys.argv[1])
+    codes = {
+        "whole": on_two_ranks(here, "whole", "a"),
+        # After a checkpoint within the first stage, then in the second one.
+        "killed": on_two_ranks(here, "killed", "b", last_step=4),
+        "killed again": on_two_ranks(here, "killed again", "b", last_step=8),
+        "resumed": on_two_ranks(here, "resumed", "b"),
+    }
+    (here / "codes.json").write_text(json.dumps(codes))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from model.perceptual.lpips import Lpips
@@ -302,10 +303,16 @@ def test_the_autoencoder_trains_on_videos_and_images_and_its_loss_falls(data, tm
         scale=trainer.ScaleConfig(num_workers=2),
         heldout_crops=8,
         checkpoint_every=20,
+        validate_every=15,
     )
     train_vae.run(config)
     log = history(tmp_path)
     assert len(log["steps"]) == 35
+    assert [row["step"] for row in log["validation"]] == [15, 30]
+    assert log["validation"][1]["psnr"] > log["validation"][0]["psnr"] > 0
+    read = EventAccumulator(str(tmp_path / "tensorboard" / "vae"))
+    read.Reload()
+    assert len([tag for tag in read.Tags()["images"] if tag.startswith("validation/crop_")]) == 4
     first, second = log["held_out"]
     assert first["after"] < 0.95 * first["before"]
     assert first["psnr_after"] > first["psnr_before"]
