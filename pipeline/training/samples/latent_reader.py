@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from model import flow, text
+from model import flow, text_encoders
 from pipeline.data import text_embeddings
 from pipeline.store import bf16_columns, hashing, schema, storage
 from pipeline.store.id_index import Lookup, id_array
@@ -113,9 +113,9 @@ class LatentReader:
         """
         if isinstance(self.texts, text_embeddings.FixedTexts):
             return self.texts.prompt(dropped=all(drops))
-        return text.join(self.text(clip_id), self.texts.null, *drops)
+        return text_encoders.join(self.text(clip_id), self.texts.null, *drops)
 
-    def text(self, clip_id: str) -> text.TextEmbedding:
+    def text(self, clip_id: str) -> text_encoders.TextEmbedding:
         assert self._texts is not None  # a fixed prompt is none of a clip's own
         return text_embeddings.embedding_of(self._stored(*self._texts[clip_id]))
 
@@ -176,7 +176,7 @@ def training_sample(
         time = torch.full((1,), timestep)
         noisy = flow.interpolate(hq, flowed.target + hq, time)
         video = flow.network_input(noisy, flowed.video[:, hq.shape[1] : 2 * hq.shape[1]])
-    drops = text.draw_drops(generator) if drop_text else (False, False, False)
+    drops = text_encoders.draw_drops(generator) if drop_text else (False, False, False)
     if one_step_share and torch.rand((), generator=generator) < one_step_share:
         time = torch.full((1,), flow.MAX_TIME)
         video = flow.network_input(flowed.target + hq, lq)
