@@ -27,7 +27,7 @@ import av
 import cv2
 import torch
 
-from model.text import TINY_ENCODERS
+from model.text_encoders import TINY_ENCODERS
 from model.vae.autoencoder import FULL_CONFIG, CausalVideoAutoencoder
 from pipeline.data import cropping, ingest, precompute
 from pipeline.data import filter as filter_stage

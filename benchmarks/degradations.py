@@ -122,7 +122,7 @@ def shares_of(degradations: list[Degradation], clip: np.ndarray) -> dict[str, fl
             start = time.process_time()
             name = type(operation).__name__
             if isinstance(operation, VideoCodec):
-                frames, name = operation.apply_clip(frames).frames, f"VideoCodec {operation.encoder}"
+                (frames, _), name = operation.apply_clip(frames), f"VideoCodec {operation.encoder}"
             else:
                 frames = [operation.apply(frame, index) for index, frame in enumerate(frames)]
             spent[name] += time.process_time() - start

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from benchmarks.attention import rounded, share_of_product_rate
 from model import checkpoints
-from model.dit.nadit import SEEDVR_3B, NaDiT, NaDiTConfig, swiglu_width
+from model.dit.nadit import SEEDVR_3B, NaDiT, NaDiTConfig
+from model.dit.nadit_layers import swiglu_width
 from model.dit.windows import Grid
 from model.flops import forward_flops
 

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.memory import status_bytes
-from model.text import TINY_ENCODERS
+from model.text_encoders import TINY_ENCODERS
 from pipeline.data import cropping, ingest, precompute
 from pipeline.data import filter as filter_stage
 from pipeline.data.filter import FilterConfig, Threshold

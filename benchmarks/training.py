@@ -38,7 +38,7 @@ from benchmarks.attention import share_of_product_rate
 from benchmarks.data import demo_clips, timed
 from model import flops, flow, text
 from model.dit.swin_mmdit import SD3_MEDIUM, TINY, SwinMMDiT, SwinMMDiTConfig
-from model.text import TINY_ENCODERS, TextEncoders
+from model.text_encoders import TINY_ENCODERS, TextEncoders
 from pipeline.data import cropping, precompute
 from pipeline.data.cropping import Bucket
 from pipeline.store import bf16_columns, storage

@@ -30,7 +30,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from model import text
+from model import text_encoders
 from model.dit.swin_mmdit import TINY
 from pipeline.data import text_embeddings
 from pipeline.data.cropping import Bucket
@@ -53,18 +53,18 @@ def make_sample(number: int) -> Sample:
     return {key: torch.randn(shape, generator=draw).bfloat16() for key, shape in shapes.items()}
 
 
-def null_text() -> text.TextEmbedding:
+def null_text() -> text_encoders.TextEmbedding:
     """Two tokens of each encoder; a pooled vector has no tokens to leave out."""
     return embedding({key: value if value.ndim == 1 else value[:2] for key, value in make_sample(0).items()})
 
 
-def embedding(sample: Sample) -> text.TextEmbedding:
-    return text.TextEmbedding(**{key: sample[key].float() for key in _TEXT})
+def embedding(sample: Sample) -> text_encoders.TextEmbedding:
+    return text_encoders.TextEmbedding(**{key: sample[key].float() for key in _TEXT})
 
 
 def used(sample: Sample) -> Sample:
     """What training takes of a sample."""
-    tokens, pooled = text.join(embedding(sample), embedding(sample), False, False, False)
+    tokens, pooled = text_encoders.join(embedding(sample), embedding(sample), False, False, False)
     return {"hq": sample["hq"].float(), "lq": sample["lq"].float(), "text": tokens, "pooled": pooled}
 
 
@@ -100,8 +100,8 @@ def write_tables(
     url: str,
     first: int,
     latents: dict[str, dict[str, Any]],
-    texts: dict[str, text.TextEmbedding],
-    null: text.TextEmbedding,
+    texts: dict[str, text_encoders.TextEmbedding],
+    null: text_encoders.TextEmbedding,
     bucket: Bucket,
 ) -> None:
     """latents/, its index and text/ of one shard, as precompute writes them; an eighth is held out."""

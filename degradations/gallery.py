@@ -9,6 +9,7 @@ import argparse
 import base64
 import html
 import io
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,19 +18,9 @@ import cv2
 import numpy as np
 from av.video.stream import VideoStream
 
-from degradations.config import LIGHT, REALBASICVSR, REALESRGAN
-from degradations.kernels import KernelKind
-from degradations.operations import (
-    Blur,
-    FrameOperation,
-    GaussianNoise,
-    Jpeg,
-    Operation,
-    PoissonNoise,
-    Resize,
-    UnsharpMask,
-    VideoCodec,
-)
+from degradations.config import LIGHT, REALBASICVSR, REALESRGAN, OrderConfig, operation_configs
+from degradations.operations import UnsharpMask
+from degradations.operations.protocol import ClipOperation, Operation
 from degradations.recipe import Degradation, apply, draw
 
 SIDE_PX = 320
@@ -57,88 +48,36 @@ def read_clip(path: str, start_s: float) -> tuple[np.ndarray, float]:
     raise ValueError(f"{path}: only {len(frames)} frames from {start_s} s on; the gallery needs {NUM_FRAMES}")
 
 
-def _blur(kind: KernelKind, sigma: float, beta: float = 1.5, omega: float = 2.0) -> Blur:
-    return Blur((kind,), (21,), (sigma,), (sigma / 3,), (0.8,), (beta,), (omega,))
-
-
-def _there_and_back(frame: np.ndarray, interpolation, factor: float) -> np.ndarray:
-    height, width = frame.shape[:2]
-    small = Resize((interpolation,), (int(height * factor),), (int(width * factor),)).apply(frame, 0)
-    return Resize(("bicubic",), (height,), (width,)).apply(small, 0)
-
-
 def operation_rows(clip: np.ndarray, fps: float) -> list[tuple[str, Shown]]:
     """Each operation at low, middle and high strength, on the middle frame."""
     frame = clip[len(clip) // 2]
-
-    def row(*operations: tuple[str, FrameOperation]) -> Shown:
-        return [(caption, operation.apply(frame, 0)) for caption, operation in operations]
-
     rows: list[tuple[str, Shown]] = [
         ("Truth, and sharpened", [("truth", frame), ("unsharp mask", UnsharpMask().apply(frame))])
     ]
-    kinds: tuple[KernelKind, ...] = (
-        "iso",
-        "aniso",
-        "generalized_iso",
-        "generalized_aniso",
-        "plateau_iso",
-        "plateau_aniso",
-    )
-    for kind in kinds:
-        rows.append(
-            (f"Blur, {kind}", row(*[(f"sigma {sigma}", _blur(kind, sigma)) for sigma in (0.6, 1.5, 3.0)]))
-        )
-    rows.append(
-        (
-            "Sinc (ringing)",
-            row(*[(f"omega {omega}", _blur("sinc", 1.0, omega=omega)) for omega in (2.8, 1.6, 0.7)]),
-        )
-    )
-    for interpolation in ("area", "bilinear", "bicubic"):
-        shown = [
-            (f"to {factor} and back", _there_and_back(frame, interpolation, factor))
-            for factor in (0.7, 0.4, 0.15)
-        ]
-        rows.append((f"Resize, {interpolation}", shown))
-    for grey in (False, True):
-        name = "grey" if grey else "colour"
-        noises = [(f"sigma {sigma}", GaussianNoise((sigma,), (grey,), 1)) for sigma in (5.0, 15.0, 30.0)]
-        rows.append((f"Gaussian noise, {name}", row(*noises)))
-        shots = [(f"scale {scale}", PoissonNoise((scale,), (grey,), 1)) for scale in (0.5, 1.5, 3.0)]
-        rows.append((f"Poisson noise, {name}", row(*shots)))
-    rows.append(("JPEG", row(*[(f"quality {quality}", Jpeg((quality,))) for quality in (95, 60, 30)])))
-    for encoder in ("libx264", "libx265", "mpeg4", "libvpx-vp9", "mpeg2video"):
-        shown = []
-        for rate in (0.6, 0.2, 0.05):
-            done = VideoCodec(encoder, rate, fps).apply_clip(list(clip))  # type: ignore[arg-type]
-            caption = f"asked {rate}, spent {done.bits_per_pixel:.2f} bits a pixel"
-            shown.append((caption, done.frames[len(clip) // 2]))
-        rows.append((f"Video codec, {encoder}", shown))
+    for config in operation_configs(OrderConfig):
+        for example in config.examples(clip, fps):
+            rows.append((example.title, [_shown(caption, chain, clip) for caption, chain in example.chains]))
     return rows
+
+
+def _shown(caption: str, chain: Sequence[Operation], clip: np.ndarray) -> tuple[str, np.ndarray]:
+    """The middle frame after a chain of operations; only what works on whole clips sees all of them."""
+    frames, middle = [clip[len(clip) // 2]], 0
+    if any(isinstance(operation, ClipOperation) for operation in chain):
+        frames, middle = list(clip), len(clip) // 2
+    for operation in chain:
+        if isinstance(operation, ClipOperation):
+            frames, measured = operation.apply_clip(frames)
+            if "measured_bits_per_pixel" in measured:
+                caption += f", spent {measured['measured_bits_per_pixel']:.2f} bits a pixel"
+        else:
+            frames = [operation.apply(frame, 0) for frame in frames]
+    return caption, frames[middle]
 
 
 def describe(drawn: Degradation) -> str:
     """One line: what was drawn, by the values of the first frame."""
-    return " → ".join(_short(operation) for operation in drawn.operations[:-1])
-
-
-def _short(operation: Operation) -> str:
-    match operation:
-        case Blur():
-            if operation.kind[0] == "sinc":
-                return f"sinc {operation.omega_rad[0]:.1f}"
-            return f"{operation.kind[0]} {operation.sigma_x_px[0]:.1f}"
-        case Resize():
-            return f"{operation.width_px[0]}x{operation.height_px[0]} {operation.interpolation[0]}"
-        case GaussianNoise():
-            return f"gaussian {operation.sigma[0]:.0f}{' grey' if operation.grey[0] else ''}"
-        case PoissonNoise():
-            return f"poisson {operation.scale[0]:.1f}{' grey' if operation.grey[0] else ''}"
-        case Jpeg():
-            return f"JPEG {operation.quality[0]}"
-        case VideoCodec():
-            return f"{operation.encoder} {operation.bits_per_pixel:.2f} bpp"
+    return " → ".join(operation.summary() for operation in drawn.operations[:-1])
 
 
 def recipe_draws(clip: np.ndarray, fps: float) -> list[tuple[str, list[tuple[str, np.ndarray]]]]:
@@ -154,6 +93,7 @@ def recipe_draws(clip: np.ndarray, fps: float) -> list[tuple[str, list[tuple[str
 
 
 def picture_uri(picture: np.ndarray) -> str:
+    """A JPEG for an HTML page."""
     done, data = cv2.imencode(
         ".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 92]
     )
@@ -217,17 +157,18 @@ def write_pictures(rows: list[tuple[str, Shown]], draws: list[tuple[str, Shown]]
     """The documentation's sheets: one per operation family and per recipe, about 60 kB each."""
     folder.mkdir(parents=True, exist_ok=True)
     sheets = {name: sheet([lq[len(lq) // 2][60:260, 60:260] for _, lq in clips], 9) for name, clips in draws}
-    for family in ("Blur", "Sinc", "Resize", "Gaussian", "Poisson", "JPEG", "Video codec"):
-        shown = [
-            picture[60:260, 60:260] for name, row in rows if name.startswith(family) for _, picture in row
-        ]
-        sheets[family.lower().replace(" ", "_")] = sheet(shown, 6 if len(shown) > 3 else 3)
+    families: dict[str, list[np.ndarray]] = {}
+    for title, row in rows[1:]:
+        family = title.split(",")[0].split(" (")[0].lower().replace(" ", "_")
+        families.setdefault(family, []).extend(picture[60:260, 60:260] for _, picture in row)
+    sheets |= {name: sheet(pictures, 6 if len(pictures) > 3 else 3) for name, pictures in families.items()}
     for name, picture in sheets.items():
         bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
         cv2.imwrite(str(folder / f"{name}.jpg"), bgr, [cv2.IMWRITE_JPEG_QUALITY, 80])
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("clip", help="any video of 21 frames or more")
     parser.add_argument("out", help="the page, .html")

@@ -1,3 +1,4 @@
-"""The networks and the diffusion process; knows nothing of Ray or Parquet.
+"""The networks, the diffusion process, and weights in and out.
 
-Imports nothing else of the project; only checkpoints and parity open files."""
+Imports nothing else of the project, and neither Ray nor Parquet; only `checkpoints` opens files of weights.
+"""

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
-from model.dit import nadit, swin_mmdit
+from model.dit import nadit_layers, swin_mmdit
 from model.dit.nadit import NaDiTConfig
 from model.dit.packing import LayerWindows, patch_grids
 from model.dit.swin_mmdit import SwinMMDiTConfig
@@ -40,14 +40,17 @@ class ForwardFlops:
 
     @property
     def linear(self) -> int:
+        """Of all products with weights."""
         return self.video_linear + self.text_linear + self.conditioning
 
     @property
     def attention(self) -> int:
+        """Of all attention, video and text."""
         return sum(self.video_attention) + sum(self.text_attention)
 
     @property
     def total(self) -> int:
+        """Of the whole forward pass."""
         return self.linear + self.attention
 
 
@@ -83,11 +86,12 @@ def linear_per_token(config: Config, layer: int) -> tuple[int, int]:
         whole = 2 * width * (3 * width + width + 2 * config.mlp_ratio * width)
         return whole, 2 * width * 3 * width if last else whole  # the last layer's text: keys and values
     attention = 2 * width * (3 * inner + inner)
-    if config.kind == "7b":
-        mlp = 2 * width * 2 * config.mlp_ratio * width
+    if config.swiglu:
+        mlp = 2 * width * 3 * nadit_layers.swiglu_width(width, config.mlp_ratio)
     else:
-        mlp = 2 * width * 3 * nadit.swiglu_width(width, config.mlp_ratio)
-    return attention + mlp, attention if config.kind == "3b" and last else attention + mlp
+        mlp = 2 * width * 2 * config.mlp_ratio * width
+    text_ends = last and config.text_ends_at_last_attention
+    return attention + mlp, attention if text_ends else attention + mlp
 
 
 @lru_cache(maxsize=2**16)
@@ -113,7 +117,7 @@ def window_attention(
 def _conditioning(config: Config) -> int:
     width = config.width
     if isinstance(config, NaDiTConfig):
-        return 2 * width * (nadit.SINUSOID_WIDTH + width + 6 * width)
+        return 2 * width * (nadit_layers.SINUSOID_WIDTH + width + 6 * width)
     embedding = swin_mmdit.SINUSOID_WIDTH + config.pooled_dim + 2 * width
     # Six vectors a stream and layer; the last layer's text has two, and so has the head.
     vectors = (2 * config.num_layers - 1) * 6 + 2 + 2

@@ -81,7 +81,7 @@ def wavelet_colour_fix(content: Tensor, style: Tensor) -> Tensor:
     """
     # The blur is linear, so one of the difference does; a frame at a time stays in the CPU's caches.
     pairs = zip(content, style, strict=True)
-    return torch.stack([own + _low_frequencies(wanted - own) for own, wanted in pairs])
+    return torch.stack([frame + _low_frequencies(reference - frame) for frame, reference in pairs])
 
 
 def _low_frequencies(frame: Tensor) -> Tensor:

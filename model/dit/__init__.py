@@ -1,3 +1,4 @@
 """The two diffusion transformers and their parts: windows, rotary embedding, packing, attention.
 
-Imports nothing else of the model but flops' counts' inputs."""
+Imports nothing else of the model.
+"""

@@ -1,11 +1,12 @@
-"""Attention over packed sequences: one function, three back ends, no mask and no padding.
+"""Attention over packed sequences: one function, a table of back ends, no mask and no padding.
 
-The back end is chosen in one place (`attention_backend`): flash-attn's varlen kernel where it is installed,
-torch's varlen attention on CUDA, and on the CPU scaled_dot_product_attention over stretches of sequences of
-equal length. The CUDA ones work in bf16 (fp16 tensors stay fp16).
+`BACKENDS` lists what there is, and `attention_backend` takes the first that runs on a device: flash-attn's
+varlen kernel where it is installed, torch's varlen attention on CUDA, scaled_dot_product_attention over
+stretches of sequences of equal length elsewhere. The CUDA ones work in bf16 (fp16 tensors stay fp16).
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
@@ -20,7 +21,8 @@ try:
 except ImportError:
     flash_attn_varlen_func = None
 
-Backend = Callable[[Tensor, Tensor, Tensor, Sequence[int], Sequence[int]], Tensor]
+PackedAttention = Callable[[Tensor, Tensor, Tensor, Sequence[int], Sequence[int]], Tensor]
+"""`packed_attention`'s arguments and result."""
 
 CPU_BATCH_TOKENS = 65536
 """Most query or key rows of one batched call on the CPU: bounds its scratch memory."""
@@ -38,11 +40,13 @@ def packed_attention(
 
 
 @lru_cache(maxsize=8)
-def attention_backend(device_type: str) -> Backend:
-    """The one place where the back end is chosen."""
-    if device_type != "cuda":
-        return cpu_attention
-    return torch_varlen_attention if flash_attn_varlen_func is None else flash_varlen_attention
+def attention_backend(device_type: str) -> PackedAttention:
+    """The first of `BACKENDS` that runs on a type of device, chosen once; ValueError where none does."""
+    for backend in BACKENDS:
+        if backend.runs_on(device_type):
+            return backend.attend
+    known = ", ".join(backend.name for backend in BACKENDS)
+    raise ValueError(f"no attention back end runs on {device_type!r} here; known: {known}")
 
 
 def cpu_attention(
@@ -106,6 +110,28 @@ def torch_varlen_attention(
 
 def _kernel_dtype(x: Tensor) -> torch.dtype:
     return torch.float16 if x.dtype == torch.float16 else torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute packed attention."""
+
+    name: str
+    runs_on: Callable[[str], bool]
+    """Whether it is installed and works on a type of device ("cuda", "cpu", "meta", ...)."""
+    attend: PackedAttention
+
+
+BACKENDS = (
+    Backend(
+        "flash-attn",
+        lambda device_type: device_type == "cuda" and flash_attn_varlen_func is not None,
+        flash_varlen_attention,
+    ),
+    Backend("torch-varlen", lambda device_type: device_type == "cuda", torch_varlen_attention),
+    Backend("sdpa", lambda device_type: device_type != "cuda", cpu_attention),
+)
+"""What there is, the best first: a further back end is one more entry."""
 
 
 @lru_cache(maxsize=64)

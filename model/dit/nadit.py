@@ -10,18 +10,28 @@ What the released code does with one sample a call is what a packed call does he
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.dit.attention import window_attention
+from model.dit.nadit_layers import (
+    GeluMLP,
+    Modulation,
+    OutputModulation,
+    Projection,
+    Rope,
+    Scale,
+    SwiGLU,
+    TimeEmbedding,
+    gate,
+    modulate,
+    rms_norm,
+)
 from model.dit.packing import (
     LayerWindows,
     PackingPlan,
@@ -40,18 +50,11 @@ from model.dit.rotary import (
 )
 from model.dit.windows import RELEASED_WINDOW, Grid, WindowSize, released_windows
 
-NORM_EPS = 1e-5
-SINUSOID_WIDTH = 256
-
-Kind = Literal["3b", "7b"]
-
 
 @dataclass(frozen=True)
 class NaDiTConfig:
     """The whole shape of one released backbone."""
 
-    kind: Kind
-    """Structure: "3b" has SwiGLU, shared layers, rotated text and a modulated head; "7b" has none of them."""
     num_layers: int
     num_heads: int
     head_dim: int
@@ -63,11 +66,20 @@ class NaDiTConfig:
     text_dim: int
     mlp_ratio: int
     separate_layers: int
-    """Layers before this one have weights of their own for text and video; later ones share ("3b" only)."""
+    """Layers before this one have weights of their own for text and video; later ones share one set."""
     rotary_dim: int
     """Channels of a head from which t, h and w get a third each for their rotation."""
     windows: WindowSize
     """Window counts (T, H, W) relative to a 720p picture; odd layers are shifted by half."""
+    swiglu: bool
+    """MLPs are SwiGLUs without biases instead of Linear, GELU, Linear."""
+    multimodal_rotary: bool
+    """Text is rotated too, and all positions are whole numbers; else only video is, by positions from -1 to 1
+    over its window."""
+    modulated_head: bool
+    """A norm, and a shift and scale by time, come before the last projection."""
+    text_ends_at_last_attention: bool
+    """The last block's text gives keys and values alone: neither modulation nor MLP of its own."""
 
     def layer_windows(self) -> tuple[LayerWindows, ...]:
         """Windows of each layer."""
@@ -77,11 +89,25 @@ class NaDiTConfig:
 
     def shares(self, layer: int) -> bool:
         """Whether text and video have one set of weights in this layer."""
-        return self.kind == "3b" and layer >= self.separate_layers
+        return layer >= self.separate_layers
+
+
+def config_values(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a stored NaDiTConfig, also of one from version 0.1.0, which named its structure.
+
+    `kind` stood for all four flags ("3b" had them, "7b" none), and a "7b" shared no layers.
+    """
+    values = dict(stored)
+    if "kind" in values:
+        is_3b = values.pop("kind") == "3b"
+        flags = ("swiglu", "multimodal_rotary", "modulated_head", "text_ends_at_last_attention")
+        values |= dict.fromkeys(flags, is_3b)
+        if not is_3b:
+            values["separate_layers"] = values["num_layers"]
+    return values
 
 
 SEEDVR_3B = NaDiTConfig(
-    kind="3b",
     num_layers=32,
     num_heads=20,
     head_dim=128,
@@ -94,11 +120,14 @@ SEEDVR_3B = NaDiTConfig(
     separate_layers=10,
     rotary_dim=128,
     windows=RELEASED_WINDOW,
+    swiglu=True,
+    multimodal_rotary=True,
+    modulated_head=True,
+    text_ends_at_last_attention=True,
 )
 """SeedVR-3B and SeedVR2-3B: 3,391,475,776 parameters."""
 
 SEEDVR_7B = NaDiTConfig(
-    kind="7b",
     num_layers=36,
     num_heads=24,
     head_dim=128,
@@ -111,6 +140,10 @@ SEEDVR_7B = NaDiTConfig(
     separate_layers=36,
     rotary_dim=64,
     windows=RELEASED_WINDOW,
+    swiglu=False,
+    multimodal_rotary=False,
+    modulated_head=False,
+    text_ends_at_last_attention=False,
 )
 """SeedVR-7B: 8,239,607,872 parameters."""
 
@@ -127,8 +160,8 @@ class NaDiT(nn.Module):
         self.txt_in = nn.Linear(config.text_dim, width)
         self.emb_in = TimeEmbedding(width)
         self.blocks = nn.ModuleList([Block(config, i) for i in range(config.num_layers)])
-        self.vid_out_norm = Scale(width) if config.kind == "3b" else None
-        self.vid_out_ada = OutputModulation(width) if config.kind == "3b" else None
+        self.vid_out_norm = Scale(width) if config.modulated_head else None
+        self.vid_out_ada = OutputModulation(width) if config.modulated_head else None
         self.vid_out = Projection(width, config.out_channels * patch_pixels)
         self.checkpointed_blocks: frozenset[int] = frozenset()
 
@@ -172,156 +205,19 @@ class NaDiT(nn.Module):
         return unpatchify(self.vid_out(x)[plan.restore], grids, config.patch)
 
 
-# --- parts; attribute names are the released files' ---
-
-
-class Projection(nn.Module):
-    """Linear layer over flattened patches."""
-
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(in_dim, out_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
-
-
-class Scale(nn.Module):
-    """RMS norm over the last dimension with a learned weight."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
-
-
-class TimeEmbedding(nn.Module):
-    """Time -> one modulation for all layers: (B, attention and MLP, shift and scale and gate, width)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.proj_in = nn.Linear(SINUSOID_WIDTH, width)
-        self.proj_hid = nn.Linear(width, width)
-        self.proj_out = nn.Linear(width, 6 * width)
-
-    def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
-        hidden = F.silu(self.proj_in(sinusoid(timestep).to(dtype)))
-        out = self.proj_out(F.silu(self.proj_hid(hidden)))
-        return rearrange(out, "b (c layer part) -> b layer part c", layer=2, part=3)
-
-
-def sinusoid(timestep: Tensor) -> Tensor:
-    """(B,) in 0..1000 -> (B, 256) fp32: sines, then cosines, of 10000^(-i/128) t (SD3 has cosines first)."""
-    half = SINUSOID_WIDTH // 2
-    index = torch.arange(half, dtype=torch.float32, device=timestep.device)
-    angles = timestep.float()[:, None] * torch.exp(-math.log(10000.0) / half * index)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-class Modulation(nn.Module):
-    """A block's learned shift, scale and gate of attention and MLP, added to the time's.
-
-    The scale has no implicit 1: it is initialised around 1.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        for layer, part in product(("attn", "mlp"), ("shift", "scale", "gate")):
-            noise = torch.randn(width) * width**-0.5
-            self.register_parameter(f"{layer}_{part}", nn.Parameter(noise + (part == "scale")))
-
-    def forward(self, modulation: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 2, 3, width) -> those of attention and of the MLP, each (B, 3, width)."""
-        attention, mlp = (modulation + torch.stack(list(self.parameters())).unflatten(0, (2, 3))).unbind(1)
-        return attention, mlp
-
-
-def enter(x: Tensor, modulation: Tensor, sample: Tensor) -> Tensor:
-    """RMS norm without weight, times scale, plus shift. modulation: (B, 3, width); sample: (tokens,)."""
-    shift, scale, _ = modulation.unbind(1)
-    return torch.addcmul(per_token(shift, sample), rms_norm(x), per_token(scale, sample))
-
-
-def leave(residual: Tensor, x: Tensor, modulation: Tensor, sample: Tensor) -> Tensor:
-    """residual + x * gate."""
-    return torch.addcmul(residual, x, per_token(modulation[:, 2], sample))
-
-
-def per_token(vectors: Tensor, sample: Tensor) -> Tensor:
-    """(B, width) -> each token's own; one sample's is left to broadcast."""
-    return vectors if len(vectors) == 1 else vectors[sample]
-
-
-class OutputModulation(nn.Module):
-    """The 3B head's shift and scale. It takes the time's *attention* part.
-
-    The released code reads that slice by a collision of two keys in a cache; its weights were trained so.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.out_shift = nn.Parameter(torch.randn(width) * width**-0.5)
-        self.out_scale = nn.Parameter(1.0 + torch.randn(width) * width**-0.5)
-
-    def forward(self, x: Tensor, modulation: Tensor, sample: Tensor) -> Tensor:
-        shift, scale = modulation[:, 0, 0] + self.out_shift, modulation[:, 0, 1] + self.out_scale
-        return torch.addcmul(per_token(shift, sample), x, per_token(scale, sample))
-
-
-class GeluMLP(nn.Module):
-    """The 7B's: Linear, GELU (tanh approximation), Linear."""
-
-    def __init__(self, width: int, ratio: int) -> None:
-        super().__init__()
-        self.proj_in = nn.Linear(width, ratio * width)
-        self.proj_out = nn.Linear(ratio * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj_out(F.gelu(self.proj_in(x), approximate="tanh"))
-
-
-def swiglu_width(width: int, ratio: int) -> int:
-    """Hidden width of the 3B's MLP: 2/3 of the ratio, rounded up to 256s."""
-    return 256 * math.ceil(int(2 * width * ratio / 3) / 256)
-
-
-class SwiGLU(nn.Module):
-    """The 3B's: gated by SiLU, no biases."""
-
-    def __init__(self, width: int, ratio: int) -> None:
-        super().__init__()
-        hidden = swiglu_width(width, ratio)
-        self.proj_in_gate = nn.Linear(width, hidden, bias=False)
-        self.proj_in = nn.Linear(width, hidden, bias=False)
-        self.proj_out = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj_out(F.silu(self.proj_in_gate(x)) * self.proj_in(x))
-
-
-class Rope(nn.Module):
-    """Holds the frequencies that the released files carry in every block; `rotary.py` has its own."""
-
-    def __init__(self, frequencies: Tensor) -> None:
-        super().__init__()
-        self.rope = nn.Module()
-        self.rope.register_buffer("freqs", frequencies)
-
-
 class Attention(nn.Module):
     """Windowed joint attention of video and text."""
 
     def __init__(self, config: NaDiTConfig, streams: Sequence[str]) -> None:
         super().__init__()
-        self.kind, self.head_dim, self.rotary_dim = config.kind, config.head_dim, config.rotary_dim
+        self.head_dim, self.rotary_dim = config.head_dim, config.rotary_dim
+        self.multimodal_rotary = config.multimodal_rotary
         inner = config.num_heads * config.head_dim
         self.proj_qkv = nn.ModuleDict({s: nn.Linear(config.width, 3 * inner, bias=False) for s in streams})
         self.proj_out = nn.ModuleDict({s: nn.Linear(inner, config.width) for s in streams})
         self.norm_q = nn.ModuleDict({s: Scale(config.head_dim) for s in streams})
         self.norm_k = nn.ModuleDict({s: Scale(config.head_dim) for s in streams})
-        frequencies = axis_frequencies if config.kind == "3b" else normalised_frequencies
+        frequencies = axis_frequencies if config.multimodal_rotary else normalised_frequencies
         self.rope = Rope(frequencies(config.rotary_dim // 3))
 
     def forward(
@@ -330,7 +226,7 @@ class Attention(nn.Module):
         """x: (patch tokens, width), window order; c: (text tokens, width); video, text: weights' names."""
         video_q, video_k, video_v = self._qkv(x, video)
         text_q, text_k, text_v = self._qkv(c, text)
-        if self.kind == "3b":
+        if self.multimodal_rotary:
             rotation, text_rotation = released_3b_rotation(layout, self.head_dim, self.rotary_dim)
             text_q, text_k = rotate(text_q, text_rotation), rotate(text_k, text_rotation)
         else:
@@ -350,11 +246,11 @@ class Block(nn.Module):
 
     def __init__(self, config: NaDiTConfig, layer: int) -> None:
         super().__init__()
-        self.text_ends_here = config.kind == "3b" and layer == config.num_layers - 1
+        self.text_ends_here = config.text_ends_at_last_attention and layer == config.num_layers - 1
         shared = config.shares(layer)
         streams = ("all",) if shared else ("vid", "txt")
         self.video, self.text = ("all", "all") if shared else ("vid", "txt")
-        mlp = SwiGLU if config.kind == "3b" else GeluMLP
+        mlp = SwiGLU if config.swiglu else GeluMLP
         self.attn = Attention(config, streams)
         beyond_attention = (self.video,) if self.text_ends_here else streams
         self.mlp = nn.ModuleDict({s: mlp(config.width, config.mlp_ratio) for s in beyond_attention})
@@ -366,19 +262,14 @@ class Block(nn.Module):
         """x: (patch tokens, width), window order; c: (text tokens, width); both are returned."""
         tokens, text_tokens = plan.sample_of_token, plan.sample_of_text
         video_attention, video_mlp = self.ada[self.video](modulation)
-        entering = enter(x, video_attention, tokens)
+        video = modulate(x, video_attention, tokens)
         if self.text_ends_here:
-            attended, _ = self.attn(entering, rms_norm(c), layout, self.video, self.text)
+            attended, _ = self.attn(video, rms_norm(c), layout, self.video, self.text)
         else:
             text_attention, text_mlp = self.ada[self.text](modulation)
-            entering_text = enter(c, text_attention, text_tokens)
-            attended, attended_text = self.attn(entering, entering_text, layout, self.video, self.text)
-            c = leave(c, attended_text, text_attention, text_tokens)
-            c = leave(c, self.mlp[self.text](enter(c, text_mlp, text_tokens)), text_mlp, text_tokens)
-        x = leave(x, attended, video_attention, tokens)
-        return leave(x, self.mlp[self.video](enter(x, video_mlp, tokens)), video_mlp, tokens), c
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    """RMS norm over the channels, without weight."""
-    return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
+            text = modulate(c, text_attention, text_tokens)
+            attended, attended_text = self.attn(video, text, layout, self.video, self.text)
+            c = gate(c, attended_text, text_attention, text_tokens)
+            c = gate(c, self.mlp[self.text](modulate(c, text_mlp, text_tokens)), text_mlp, text_tokens)
+        x = gate(x, attended, video_attention, tokens)
+        return gate(x, self.mlp[self.video](modulate(x, video_mlp, tokens)), video_mlp, tokens), c

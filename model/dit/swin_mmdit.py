@@ -60,6 +60,7 @@ class SwinMMDiTConfig:
 
     @property
     def width(self) -> int:
+        """Channels of a token."""
         return self.num_heads * self.head_dim
 
     def layer_windows(self) -> tuple[LayerWindows, ...]:
@@ -119,7 +120,7 @@ TINY = SwinMMDiTConfig(
     shifted=(False, True),
     rotary=True,
 )
-"""For tests and the demo; its text widths are those of `text.tiny_text_encoders`."""
+"""For tests and the demo; its text widths are those of `text_encoders.TINY_ENCODERS`."""
 
 
 class SwinMMDiT(nn.Module):
@@ -227,6 +228,7 @@ class EmbeddingMLP(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, in_dim) -> (B, width)."""
         return self.out(F.silu(self.hidden(x)))
 
 
@@ -239,6 +241,7 @@ class MLP(nn.Module):
         self.out = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(tokens, width) -> the same shape."""
         return self.out(F.gelu(self.hidden(x), approximate="tanh"))
 
 

@@ -1,3 +1,4 @@
 """Distances between pictures by networks: LPIPS, DISTS.
 
-Imports nothing else of the model."""
+Imports nothing else of the model.
+"""

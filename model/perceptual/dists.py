@@ -55,9 +55,9 @@ class Dists(nn.Module):
     def _levels(self, picture: Tensor) -> list[Tensor]:
         """The picture itself and its features at each depth."""
         mean, std = (picture.new_tensor(values)[:, None, None] for values in (_MEAN, _STD))
-        found, x = [picture], (picture - mean) / std
+        levels, x = [picture], (picture - mean) / std
         for index, layer in enumerate(self.features):
             x = layer(x)
             if index in self._taps:
-                found.append(x)
-        return found
+                levels.append(x)
+        return levels

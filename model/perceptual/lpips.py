@@ -50,22 +50,22 @@ class Lpips(nn.Module):
         with torch.no_grad():
             true_features = self._unit_features(truth)
         distance = torch.zeros(len(picture), device=picture.device)
-        for head, found, true in zip(self.heads, self._unit_features(picture), true_features, strict=True):
-            weighted = (found - true).square() * head.float()[:, None, None]
+        for head, features, true in zip(self.heads, self._unit_features(picture), true_features, strict=True):
+            weighted = (features - true).square() * head.float()[:, None, None]
             distance = distance + weighted.sum(dim=1).mean(dim=(1, 2))
         return distance
 
     def _unit_features(self, picture: Tensor) -> list[Tensor]:
         shift, scale = (picture.new_tensor(values)[:, None, None] for values in (_SHIFT, _SCALE))
         x = ((picture - shift) / scale).to(self.heads[0].dtype)
-        found = []
+        features = []
         for index, layer in enumerate(self.features):
             x = layer(x)
             if index in self._taps:
                 # Inside the root: features that are all zero have a gradient (the reference's is NaN).
                 length = (x.float().square().sum(dim=1, keepdim=True) + 1e-20).sqrt()
-                found.append(x.float() / length)
-        return found
+                features.append(x.float() / length)
+        return features
 
 
 def video_lpips(network: Lpips, reconstruction: Tensor, video: Tensor) -> Tensor:

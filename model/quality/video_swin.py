@@ -182,6 +182,8 @@ class _Merge(nn.Module):
 
 
 class SwinLayer(nn.Module):
+    """Blocks with regular and shifted windows in turn, then, but for the last layer, a merge."""
+
     def __init__(self, dim: int, config: VideoSwinConfig, layer: int) -> None:
         super().__init__()
         heads, window = config.num_heads[layer], config.window_size

@@ -115,7 +115,7 @@ class Encoder(nn.Module):
     def _pieces(self, video: Tensor, memory: StreamMemory) -> tuple[Tensor, ...]:
         """As few frames at a time as the large levels take: a stream's first by itself, then two or one."""
         step, frames = 2 if self.halves_time else 1, video.shape[2]
-        first = [1] if self.conv_in.name not in memory.tails else []
+        first = [1] if self.conv_in.name not in memory.cache else []
         return video.split([*first, *[step] * ((frames - len(first)) // step)], dim=2)
 
 
@@ -215,7 +215,7 @@ class CausalVideoAutoencoder(nn.Module):
         slice_frames: int,
         memory: StreamMemory | None = None,
         band_pixels: int | None = None,
-        tails_on_host: bool = False,
+        cache_on_host: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Moments slice by slice, equal to `encode` of the whole; memory does not grow with length.
 
@@ -223,11 +223,11 @@ class CausalVideoAutoencoder(nn.Module):
         1 + slice_frames and then slice_frames (a multiple of 4) frames, of which the last may be shorter.
         To resume, give a `memory` saved between two results and the frames from `memory.frames` on.
         `band_pixels` bounds what a layer works on at once (no gradients; see `model.vae.bands`), and
-        `tails_on_host` keeps the memory off the device: `model.vae.budget` chooses both.
+        `cache_on_host` keeps the memory off the device: `model.vae.budget` chooses both.
         """
         self._check_slice(slice_frames)
         memory = StreamMemory() if memory is None else memory
-        memory.band_pixels, memory.tails_on_host = band_pixels, tails_on_host
+        memory.band_pixels, memory.cache_on_host = band_pixels, cache_on_host
         for piece in _cut(frames, slice_frames, first=memory.at_start):
             padded = self._pad(piece, first=memory.at_start)
             moments = self._moments(self.encoder(padded, memory))
@@ -243,17 +243,17 @@ class CausalVideoAutoencoder(nn.Module):
         slice_frames: int,
         memory: StreamMemory | None = None,
         band_pixels: int | None = None,
-        tails_on_host: bool = False,
+        cache_on_host: bool = False,
     ) -> Iterator[Tensor]:
         """Video slice by slice, equal to `decode` of the whole; memory does not grow with length.
 
         `latents` are pieces (B, 16, any t, H', W') of one scaled latent. To resume, give a `memory` saved
         between two results and the latent frames from `memory.frames` on; `num_frames` is always that
-        of the whole video. `band_pixels` and `tails_on_host` are as in `encode_stream`.
+        of the whole video. `band_pixels` and `cache_on_host` are as in `encode_stream`.
         """
         self._check_slice(slice_frames)
         memory = StreamMemory() if memory is None else memory
-        memory.band_pixels, memory.tails_on_host = band_pixels, tails_on_host
+        memory.band_pixels, memory.cache_on_host = band_pixels, cache_on_host
         factor = self.config.time_factor
         for piece in _cut(latents, slice_frames // factor, first=memory.at_start):
             done = 0 if memory.at_start else (memory.frames - 1) * factor + 1

@@ -52,14 +52,14 @@ def convolve_in_bands(
     height, width = size
     stride, above = conv.stride[1], conv.zeros[0]
     step = max(1, memory.band_pixels // (width * stride))
-    tail = _TailInBands(conv, memory, height)
+    cache = _CacheInBands(conv, memory, height)
     result = add_to
     for top in range(0, height // stride, step):
         bottom = min(top + step, height // stride)
         first, last = top * stride - above, (bottom - 1) * stride + 3 - above
         band = rows(max(first, 0), min(last, height))
         next_first = bottom * stride - above if bottom < height // stride else height
-        band = tail.put_before(band, max(first, 0), next_first)
+        band = cache.put_before(band, max(first, 0), next_first)
         if first < 0 or last > height:
             band = F.pad(band, (0, 0, max(-first, 0), max(last - height, 0)))
         y = conv.convolve(band, padded_rows=0)
@@ -68,12 +68,12 @@ def convolve_in_bands(
             result = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last_3d)
         target = result[..., top:bottom, :]
         target.copy_(y) if add_to is None else target.add_(y)
-    tail.finish()
+    cache.finish()
     assert result is not None
     return result
 
 
-class _TailInBands:
+class _CacheInBands:
     """Reads the stream's memory of one convolution and writes the next, band by band.
 
     Bands overlap by the kernel's reach, so they are kept apart: a row is read before it is overwritten.
@@ -81,8 +81,8 @@ class _TailInBands:
 
     def __init__(self, conv: CausalConv3d, memory: StreamMemory, height: int) -> None:
         self.conv, self.memory, self.height = conv, memory, height
-        self.tail = memory.tails.get(conv.name)
-        self.at_start = self.tail is None
+        self.frames = memory.cache.get(conv.name)
+        self.at_start = self.frames is None
 
     def put_before(self, band: Tensor, first: int, next_first: int) -> Tensor:
         """`band`, rows from `first`, with the frames before it. From row `next_first` on, the next band
@@ -90,18 +90,19 @@ class _TailInBands:
         if self.conv.kernel_size[0] == 1:
             return band
         last = first + band.shape[3]
-        if self.tail is None:
-            shape = (*band.shape[:2], self.conv.tail_frames, self.height, band.shape[4])
-            self.tail = self.memory.empty_tail(shape, band)
-        old = self.conv.before(band) if self.at_start else self.tail[..., first:last, :].to(band.device)
+        if self.frames is None:
+            shape = (*band.shape[:2], self.conv.cached_frames, self.height, band.shape[4])
+            self.frames = self.memory.empty_cache(shape, band)
+        old = self.conv.before(band) if self.at_start else self.frames[..., first:last, :].to(band.device)
         extended = concatenate([old, band], dim=2)
-        self.tail[..., first:next_first, :] = extended[:, :, -self.conv.tail_frames :, : next_first - first]
+        kept = extended[:, :, -self.conv.cached_frames :, : next_first - first]
+        self.frames[..., first:next_first, :] = kept
         return extended
 
     def finish(self) -> None:
         """Hand the new memory to the stream."""
-        if self.tail is not None:
-            self.memory.tails[self.conv.name] = self.tail
+        if self.frames is not None:
+            self.memory.cache[self.conv.name] = self.frames
 
 
 def _norm_silu_rows(norm: FrameGroupNorm, x: Tensor, band_pixels: int) -> Rows:

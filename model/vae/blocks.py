@@ -116,7 +116,7 @@ class Upsampler(nn.Module):
 
     def forward(self, x: Tensor, memory: StreamMemory | None) -> Tensor:
         """(B, C, T, H, W) -> (B, C, 2T - 1 | 2T | T, 2H, 2W)."""
-        first_slice = memory is None or self.conv.name not in memory.tails
+        first_slice = memory is None or self.conv.name not in memory.cache
         if memory is None or memory.band_pixels is None:
             return self.conv(self._double(x, first_slice), memory)
 

@@ -34,11 +34,11 @@ class StreamPlan:
 
     slice_frames: int
     band_pixels: int | None
-    tails_on_host: bool
+    cache_on_host: bool
     expected_gib: float
     """on the device, besides the weights"""
     host_gib: float
-    """in the host's memory, for `tails_on_host`"""
+    """in the host's memory, for `cache_on_host`"""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class StreamPlan:
         return {
             "slice_frames": self.slice_frames,
             "band_pixels": self.band_pixels,
-            "tails_on_host": self.tails_on_host,
+            "cache_on_host": self.cache_on_host,
         }
 
 
@@ -78,13 +78,13 @@ def plan_stream(
     """
     gib = bytes_per_value / 2**30
     smallest = float("inf")
-    for tails_on_host in (False, True) if host else (False,):
+    for cache_on_host in (False, True) if host else (False,):
         for slice_frames, band_pixels in CHOICES:
-            values = stream_values(config, height, width, slice_frames, band_pixels, tails_on_host)
+            values = stream_values(config, height, width, slice_frames, band_pixels, cache_on_host)
             smallest = min(smallest, values * gib)
             if values * gib <= budget_gib:
-                tails = max(_tails(config, height, width)) if tails_on_host else 0
-                return StreamPlan(slice_frames, band_pixels, tails_on_host, values * gib, tails * gib)
+                cached = max(_cached_values(config, height, width)) if cache_on_host else 0
+                return StreamPlan(slice_frames, band_pixels, cache_on_host, values * gib, cached * gib)
     raise ValueError(
         f"budget of {budget_gib:g} GiB: a stream of {width}x{height} pixels needs at least "
         f"{smallest:.2f} GiB besides the weights"
@@ -97,13 +97,13 @@ def stream_values(
     width: int,
     slice_frames: int,
     band_pixels: int | None,
-    tails_on_host: bool = False,
+    cache_on_host: bool = False,
 ) -> int:
     """Most values alive at once on the device in a stream of one video, encode or decode, its memory included
     unless that is on the host."""
-    tails = (0, 0) if tails_on_host else _tails(config, height, width)
-    working = _both_working(config, height, width, slice_frames, band_pixels, tails_on_host)
-    return max(tails[0] + working[0], tails[1] + working[1])
+    cached = (0, 0) if cache_on_host else _cached_values(config, height, width)
+    working = _both_working(config, height, width, slice_frames, band_pixels, cache_on_host)
+    return max(cached[0] + working[0], cached[1] + working[1])
 
 
 def working_values(
@@ -112,15 +112,15 @@ def working_values(
     width: int,
     slice_frames: int,
     band_pixels: int | None,
-    tails_on_host: bool = False,
+    cache_on_host: bool = False,
 ) -> int:
     """`stream_values` without the stream's memory: for those who count that of several streams themselves."""
-    return max(_both_working(config, height, width, slice_frames, band_pixels, tails_on_host))
+    return max(_both_working(config, height, width, slice_frames, band_pixels, cache_on_host))
 
 
-def tail_values(config: AutoencoderConfig, height: int, width: int) -> int:
+def cache_values(config: AutoencoderConfig, height: int, width: int) -> int:
     """Values that the memories of one video's two streams, encode and decode, keep between slices."""
-    return sum(_tails(config, height, width))
+    return sum(_cached_values(config, height, width))
 
 
 @lru_cache(4)
@@ -130,7 +130,7 @@ def _on_meta(config: AutoencoderConfig) -> CausalVideoAutoencoder:
 
 
 @lru_cache(32)
-def _tails(config: AutoencoderConfig, height: int, width: int) -> tuple[int, int]:
+def _cached_values(config: AutoencoderConfig, height: int, width: int) -> tuple[int, int]:
     """Values that an encode and a decode stream remember."""
     autoencoder, memories = _on_meta(config), (StreamMemory(), StreamMemory())
     with torch.device("meta"), torch.no_grad():
@@ -141,7 +141,7 @@ def _tails(config: AutoencoderConfig, height: int, width: int) -> tuple[int, int
             strict=True,
         ):
             network(x, memory)
-    encoding, decoding = (sum(tail.numel() for tail in memory.tails.values()) for memory in memories)
+    encoding, decoding = (sum(frames.numel() for frames in memory.cache.values()) for memory in memories)
     return encoding, decoding
 
 
@@ -160,32 +160,32 @@ def _both_working(
     width: int,
     slice_frames: int,
     band_pixels: int | None,
-    tails_on_host: bool,
+    cache_on_host: bool,
 ) -> tuple[int, int]:
     """`_working_values` of encode and decode."""
     autoencoder = _on_meta(config)
     with torch.device("meta"), torch.no_grad():
         video, latent = _inputs(config, height, width, slice_frames)
         return (
-            _working_values(autoencoder.encoder, video, band_pixels, tails_on_host),
-            _working_values(autoencoder.decoder, latent, band_pixels, tails_on_host),
+            _working_values(autoencoder.encoder, video, band_pixels, cache_on_host),
+            _working_values(autoencoder.decoder, latent, band_pixels, cache_on_host),
         )
 
 
 def _working_values(
-    network: Encoder | Decoder, x: Tensor, band_pixels: int | None, tails_on_host: bool
+    network: Encoder | Decoder, x: Tensor, band_pixels: int | None, cache_on_host: bool
 ) -> int:
     """Without the stream's memory: the largest layer, and what waits for later ones."""
     convolutions = _observe(network, x, {} if band_pixels is None else _frames_at_a_time(network))
     waiting = x.numel()
     if band_pixels is not None:  # a level's result waits while its frames go through the levels after it
         waiting += sum(convolution.result for convolution in convolutions if convolution.doubles)
-    return waiting + max(_values(conv, band_pixels, tails_on_host) for conv in convolutions)
+    return waiting + max(_values(conv, band_pixels, cache_on_host) for conv in convolutions)
 
 
-def _values(conv: _Convolution, band_pixels: int | None, tails_on_host: bool) -> int:
+def _values(conv: _Convolution, band_pixels: int | None, cache_on_host: bool) -> int:
     """Values alive while one convolution runs: residual, its input and output, and its temporaries."""
-    visiting = conv.with_past - conv.given if tails_on_host else 0
+    visiting = conv.with_past - conv.given if cache_on_host else 0
     # The input is held before and after its activation or doubling.
     work = 2 * conv.given + visiting + conv.with_past + conv.result
     if band_pixels is None:

@@ -26,14 +26,15 @@ class StreamMemory:
     can go on from `state_dict()`.
     """
 
-    tails: dict[str, Tensor] = field(default_factory=dict)
+    cache: dict[str, Tensor] = field(default_factory=dict)
+    """By convolution name: its last input frames, (B, C, `cached_frames`, H, W)."""
     frames: int = 0
     """Frames (encoder) or latent frames (decoder) that have passed, all slices so far."""
     band_pixels: int | None = None
     """Work on bands of rows of about this many pixels, and on a frame at a time where a level allows it
     (None: on whole frames and slices). Not saved, like the next: the result is the same."""
-    tails_on_host: bool = False
-    """Keep the tails in the host's memory, and bring each to the device for its own convolution."""
+    cache_on_host: bool = False
+    """Keep the cache in the host's memory, and bring each entry to the device for its own convolution."""
 
     @property
     def at_start(self) -> bool:
@@ -41,19 +42,19 @@ class StreamMemory:
         return self.frames == 0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat tensors, ready for safetensors: the tails by convolution name, and `frames`. They are the
+        """Flat tensors, ready for safetensors: the cache by convolution name, and `frames`. They are the
         stream's own: write or copy them before the stream goes on."""
-        return {**self.tails, "frames": torch.tensor(self.frames)}
+        return {**self.cache, "frames": torch.tensor(self.frames)}
 
-    def keep(self, name: str, tail: Tensor) -> None:
-        """Remember a copy of `tail`: a view would keep the whole slice alive."""
-        stored = self.empty_tail(tail.shape, tail)
-        stored.copy_(tail)
-        self.tails[name] = stored
+    def keep(self, name: str, frames: Tensor) -> None:
+        """Remember a copy of `frames`: a view would keep the whole slice alive."""
+        stored = self.empty_cache(frames.shape, frames)
+        stored.copy_(frames)
+        self.cache[name] = stored
 
-    def empty_tail(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Room for a tail of `like`'s type where the tails are kept."""
-        device = torch.device("cpu") if self.tails_on_host else like.device
+    def empty_cache(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Room for a convolution's frames of `like`'s type where the cache is kept."""
+        device = torch.device("cpu") if self.cache_on_host else like.device
         pinned = device.type == "cpu" and like.device.type == "cuda"  # transfers need no copy in between
         return torch.empty(
             tuple(shape),
@@ -66,8 +67,8 @@ class StreamMemory:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> "StreamMemory":
         """The memory that `state_dict()` described; go on with frame number `.frames` of the source."""
-        tails = {name: tail for name, tail in state.items() if name != "frames"}
-        return cls(tails=tails, frames=int(state["frames"]))
+        cache = {name: frames for name, frames in state.items() if name != "frames"}
+        return cls(cache=cache, frames=int(state["frames"]))
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -100,20 +101,20 @@ class CausalConv3d(nn.Conv3d):
     """
 
     name: str
-    """The key of this convolution's tail in a StreamMemory; the autoencoder sets it."""
+    """The key of this convolution in a StreamMemory's cache; the autoencoder sets it."""
 
     def forward(self, x: Tensor, memory: StreamMemory | None = None) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T', H', W'); without `memory`, T is a whole clip."""
         if self.kernel_size[0] == 1:
             return self.convolve(x)
-        tail = None if memory is None else memory.tails.get(self.name)
-        if tail is None and x.shape[2] == 1:
+        cached = None if memory is None else memory.cache.get(self.name)
+        if cached is None and x.shape[2] == 1:
             if memory is not None:
-                memory.keep(self.name, x.expand(-1, -1, self.tail_frames, -1, -1))
+                memory.keep(self.name, x.expand(-1, -1, self.cached_frames, -1, -1))
             return self.convolve_one_frame(x)
-        x = concatenate([self.before(x) if tail is None else tail.to(x.device), x], dim=2)
+        x = concatenate([self.before(x) if cached is None else cached.to(x.device), x], dim=2)
         if memory is not None:
-            memory.keep(self.name, x[:, :, -self.tail_frames :])
+            memory.keep(self.name, x[:, :, -self.cached_frames :])
         return self.convolve(x)
 
     @property
@@ -122,7 +123,7 @@ class CausalConv3d(nn.Conv3d):
         return int(self.padding[1]), int(self.padding[2])
 
     @property
-    def tail_frames(self) -> int:
+    def cached_frames(self) -> int:
         """How many input frames the next slice needs again."""
         return self.kernel_size[0] - self.stride[0]
 

@@ -91,16 +91,20 @@ def _coefficients(config: AutoencoderConfig) -> list[list[_Coefficient]]:
     temporal = [level >= halvings - config.time_halvings for level in range(halvings)]
     levels = [[_Coefficient(colour, (0, 0, 0), (0, 0, 0), colour) for colour in range(3)]]
     for halves_time in temporal:
-        found = []
-        for parent, one in enumerate(levels[-1]):
+        children = []
+        for parent, coefficient in enumerate(levels[-1]):
             for high in itertools.product((0, 1), (0, 1), (0, 1) if halves_time else (0,)):
-                doubled = [2 * one.frequency[0], 2 * one.frequency[1], (1 + halves_time) * one.frequency[2]]
+                doubled = [
+                    2 * coefficient.frequency[0],
+                    2 * coefficient.frequency[1],
+                    (1 + halves_time) * coefficient.frequency[2],
+                ]
                 y, x, t = (f + h for f, h in zip(doubled, high, strict=True))
-                found.append(_Coefficient(parent, high, (y, x, t), one.colour))
+                children.append(_Coefficient(parent, high, (y, x, t), coefficient.colour))
         # Finer ones come from these alone, so the coarsest of the last level are among their children.
-        levels.append(sorted(found, key=lambda c: c.coarseness)[: config.latent_channels])
+        levels.append(sorted(children, key=lambda c: c.coarseness)[: config.latent_channels])
     for level in range(len(levels) - 1, 0, -1):  # drop what no coarser one needs
-        needed = sorted({one.parent for one in levels[level]})
+        needed = sorted({coefficient.parent for coefficient in levels[level]})
         place = {old: new for new, old in enumerate(needed)}
         levels[level] = [_Coefficient(place[c.parent], c.high, c.frequency, c.colour) for c in levels[level]]
         levels[level - 1] = [levels[level - 1][old] for old in needed]
@@ -137,20 +141,22 @@ def _signs(coefficient: _Coefficient, halves_time: bool) -> list[tuple[int, int,
 
 def _gains(levels: list[list[_Coefficient]]) -> Tensor:
     """Latent value of a coefficient of value 1."""
-    return torch.tensor([DETAIL_GAIN if any(one.frequency) else 1.0 for one in levels[-1]])
+    return torch.tensor([DETAIL_GAIN if any(coefficient.frequency) else 1.0 for coefficient in levels[-1]])
 
 
 def _start_encoder(encoder: Encoder, levels: list[list[_Coefficient]]) -> None:
-    colours = [one.colour for one in levels[0]]
+    colours = [coefficient.colour for coefficient in levels[0]]
     _clear(encoder.conv_in, len(colours))[: len(colours), :, -1, 1, 1] = _COLOURS[colours]
     downs = [module for module in encoder.modules() if isinstance(module, Downsampler)]
     for down, kept in zip(downs, levels[1:], strict=True):
         halves_time = down.conv.kernel_size[0] == 3
         weight = _clear(down.conv, len(kept))
-        for i, one in enumerate(kept):
-            for y, x, t, sign in _signs(one, halves_time):
+        for i, coefficient in enumerate(kept):
+            for y, x, t, sign in _signs(coefficient, halves_time):
                 # Of three taps the first is the block before; frames 2n-1 and 2n make latent frame n.
-                weight[i, one.parent, t + 1 if halves_time else 0, y, x] = sign / (8 if halves_time else 4)
+                weight[i, coefficient.parent, t + 1 if halves_time else 0, y, x] = sign / (
+                    8 if halves_time else 4
+                )
     count = len(levels[-1])
     shortcut = encoder.down_blocks[-1].get_submodule("resnets.0.conv_shortcut")
     width = shortcut.get_parameter("weight").shape[1]
@@ -172,13 +178,13 @@ def _start_decoder(decoder: Decoder, levels: list[list[_Coefficient]]) -> None:
         copies = up.upscale_conv.weight.view(2, 2, 2 if up.temporal else 1, width, width)  # y x t out in
         copies[:, :, :, : len(fine)] = 0
         copies[..., : len(coarse)] = 0
-        for i, one in enumerate(coarse):
-            for y, x, t, sign in _signs(one, up.temporal):
-                copies[y, x, t, one.parent, i] = sign
+        for i, coefficient in enumerate(coarse):
+            for y, x, t, sign in _signs(coefficient, up.temporal):
+                copies[y, x, t, coefficient.parent, i] = sign
         _clear(up.conv, len(fine))[range(len(fine)), range(len(fine)), -1, 1, 1] = 1
     shortcut = decoder.up_blocks[-1].get_submodule("resnets.0.conv_shortcut")
     to_rgb = torch.zeros(3, shortcut.get_parameter("weight").shape[1])
-    to_rgb[:, : len(levels[0])] = _COLOURS[[one.colour for one in levels[0]]].T
+    to_rgb[:, : len(levels[0])] = _COLOURS[[coefficient.colour for coefficient in levels[0]]].T
     measure = _pairs_and_constants(shortcut, to_rgb)
     weight = _clear(decoder.conv_out, 3)
     for i in range(3):

@@ -272,8 +272,8 @@ def complete_index(latents_url: str) -> int:
 def latents_fingerprint(config: PrecomputeConfig) -> str:
     return hashing.fingerprint(
         vae=weights_folder.weights_hash(config.vae),
-        video_recipe=dataclasses.asdict(config.video_recipe),
-        image_recipe=dataclasses.asdict(config.image_recipe),
+        video_recipe=config.video_recipe.settings(),
+        image_recipe=config.image_recipe.settings(),
         seed=config.seed,
     )
 

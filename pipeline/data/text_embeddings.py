@@ -15,8 +15,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from model import text
-from model.text import TextEmbedding, TextEncoderConfig, TextEncoders
+from model import text_encoders
+from model.text_encoders import TextEmbedding, TextEncoderConfig, TextEncoders
 from pipeline.data.kept_clips import KeptClips
 from pipeline.runtime import prometheus, stage, work_plan
 from pipeline.store import bf16_columns, hashing, schema, storage
@@ -75,7 +75,7 @@ class ClipTexts:
 
     def prompts(self) -> weights_folder.Prompts:
         """What a model trained on these is used with."""
-        return weights_folder.Prompts(*text.join(self.null, self.null, False, False, False))
+        return weights_folder.Prompts(*text_encoders.join(self.null, self.null, False, False, False))
 
 
 @dataclasses.dataclass(frozen=True)

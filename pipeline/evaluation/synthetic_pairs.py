@@ -73,7 +73,7 @@ class PairsConfig:
         """Of what determines a pair, besides its clip."""
         return hashing.fingerprint(
             stage="pairs",
-            recipes=(dataclasses.asdict(self.video_recipe), dataclasses.asdict(self.image_recipe)),
+            recipes=(self.video_recipe.settings(), self.image_recipe.settings()),
             limits=(self.max_frames, self.max_height, self.max_width),
             seed=self.seed,
         )

@@ -118,7 +118,7 @@ def plans(
 
 def _tail_bytes(models: Models, size: tuple[int, int]) -> int:
     """What the convolutions of both streams remember, all the time."""
-    return budget.tail_values(models.vae, *size) * models.bytes_per_value
+    return budget.cache_values(models.vae, *size) * models.bytes_per_value
 
 
 def _host_bytes(models: Models, size: tuple[int, int], kept_off: tuple[bool, bool]) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from model.dit import nadit
+from model.dit import nadit_layers
 from model.dit.nadit import NaDiTConfig
 from model.dit.packing import patch_grids
 from model.dit.swin_mmdit import SwinMMDiTConfig
@@ -38,8 +38,8 @@ def kept_values(model: Config, sample: Sample, cuda: bool) -> tuple[float, float
         hidden, video, text = 2.0 * model.mlp_ratio, 10, 9
     else:
         hidden = 2.0 * model.mlp_ratio
-        if model.kind == "3b":
-            hidden = 4 * nadit.swiglu_width(model.width, model.mlp_ratio) / model.width
+        if model.swiglu:
+            hidden = 4 * nadit_layers.swiglu_width(model.width, model.mlp_ratio) / model.width
         video, text = 21, 18
     widths = sample.video_tokens * (video + once_more + hidden)
     # Each window's keys, values, text queries and their result hold the text once more.
@@ -102,6 +102,6 @@ def activation_bytes(model: Config, pack: list[Sample], cuda: bool, checkpointed
 
 
 def _hidden_width(model: Config) -> int:
-    if isinstance(model, NaDiTConfig) and model.kind == "3b":
-        return nadit.swiglu_width(model.width, model.mlp_ratio)
+    if isinstance(model, NaDiTConfig) and model.swiglu:
+        return nadit_layers.swiglu_width(model.width, model.mlp_ratio)
     return model.mlp_ratio * model.width

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model import checkpoints
-from model.dit.nadit import NaDiT, NaDiTConfig
+from model.dit.nadit import NaDiT, NaDiTConfig, config_values
 from model.dit.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
 from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
 from pipeline.store import storage
@@ -61,7 +61,10 @@ def transformer_kind(model: Transformer) -> str:
 def shape_from_json(description: Mapping[str, Any]) -> Shape:
     """The shape that `config.json`, or any JSON with `kind` and `config`, states."""
     classes = {SWIN_MMDIT: SwinMMDiTConfig, NADIT: NaDiTConfig, VAE: AutoencoderConfig}
-    return config_from_json(classes[description["kind"]], description["config"])
+    values = description["config"]
+    if description["kind"] == NADIT:
+        values = config_values(values)
+    return config_from_json(classes[description["kind"]], values)
 
 
 def save_weights(

@@ -7,8 +7,17 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pytest
 
-from degradations.config import REALBASICVSR, REALESRGAN, BlurConfig, CodecConfig
-from degradations.operations import Blur, GaussianNoise, Jpeg, PoissonNoise, Resize, VideoCodec
+from degradations.config import REALBASICVSR, REALESRGAN
+from degradations.operations import (
+    Blur,
+    BlurConfig,
+    CodecConfig,
+    GaussianNoise,
+    Jpeg,
+    PoissonNoise,
+    Resize,
+    VideoCodec,
+)
 from degradations.recipe import Degradation, draw
 
 DRAWS = 10_000

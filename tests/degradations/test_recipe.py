@@ -3,6 +3,7 @@
 import dataclasses
 from fractions import Fraction
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -10,8 +11,11 @@ import pytest
 from jsonargparse import ArgumentParser
 from skimage import data
 
-from degradations import recipe
-from degradations.config import LIGHT, REALBASICVSR, REALESRGAN, RecipeConfig, TimeMode
+from degradations import gallery
+from degradations.config import LIGHT, REALBASICVSR, REALESRGAN, OrderConfig, RecipeConfig, operation_configs
+from degradations.draws import ClipDraws, TimeMode
+from degradations.operations import VideoCodec
+from degradations.operations.protocol import Example
 from degradations.recipe import apply, draw, from_json, to_json
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +58,7 @@ def test_frame_count_and_size_are_kept(name: str, shape: tuple[int, int, int]):
 def test_one_frame_gets_no_codec():
     for seed in range(20):
         operations = draw(REALBASICVSR, seed, (1, 64, 64), 24.0).operations
-        assert not any(isinstance(operation, recipe.VideoCodec) for operation in operations)
+        assert not any(isinstance(operation, VideoCodec) for operation in operations)
 
 
 def test_target_is_the_sharpened_truth_only_where_the_recipe_says_so():
@@ -142,3 +146,71 @@ def test_4k_video_keeps_its_shape(name: str):
     # Worse than the source, but the same picture.
     error = np.abs(result.lq.astype(np.int16) - frames).mean()
     assert 0.5 < error < 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Dim:
+    gain: tuple[float, ...]
+
+    def apply(self, frame: np.ndarray, index: int) -> np.ndarray:
+        return (frame * self.gain[index]).astype(np.uint8)
+
+    def summary(self) -> str:
+        return f"dim {self.gain[0]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class DimConfig:
+    operations: ClassVar = (Dim,)
+
+    gain: tuple[float, float]
+
+    def draw(self, clip: ClipDraws) -> list[Dim]:
+        return [Dim(clip.number(self.gain, step=0.01))]
+
+    @staticmethod
+    def examples(clip: np.ndarray, fps: float) -> list[Example]:
+        return [Example("Dim", [(f"gain {gain}", [Dim((gain,))]) for gain in (0.9, 0.6, 0.3)])]
+
+
+@dataclasses.dataclass(frozen=True)
+class OrderWithDim(OrderConfig):
+    dim: DimConfig | None = None
+
+
+def test_a_further_degradation_is_one_file_and_one_field(monkeypatch, tmp_path):
+    only_dim = OrderWithDim(None, None, None, None, None, DimConfig((0.4, 0.6)))
+    recipe = RecipeConfig(first=only_dim, second=None, end=None, sharpen_truth=False)
+    clip = make_clip((3, 16, 24))
+    drawn = draw(recipe, 1, (3, 16, 24), 24.0)
+    assert np.array_equal(apply(drawn, clip).lq[0], (clip[0] * drawn.operations[0].gain[0]).astype(np.uint8))
+    with pytest.raises(ValueError, match="unknown operation 'Dim'; known: Blur, Resize"):
+        from_json(to_json(drawn))
+    monkeypatch.setattr("degradations.config.OrderConfig", OrderWithDim)
+    monkeypatch.setattr("degradations.gallery.OrderConfig", OrderWithDim)
+    assert from_json(to_json(drawn)) == drawn
+    assert gallery.describe(drawn) == f"dim {drawn.operations[0].gain[0]}"
+    rows = dict(gallery.operation_rows(make_clip((2, 320, 320)), 24.0))
+    assert [caption for caption, _ in rows["Dim"]] == ["gain 0.9", "gain 0.6", "gain 0.3"]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--order", type=OrderWithDim)
+    (tmp_path / "order.yaml").write_text(
+        "{blur: null, resize: null, noise: null, jpeg: null, codec: null, dim: {gain: [0.4, 0.6]}}"
+    )
+    parsed = parser.parse_args([f"--order={tmp_path / 'order.yaml'}"])
+    assert parser.instantiate_classes(parsed).order == only_dim
+
+
+def test_an_added_degradation_leaves_other_recipes_settings_as_they_are():
+    order = LIGHT.first
+    added = OrderWithDim(order.blur, order.resize, order.noise, order.jpeg, order.codec)
+    assert LIGHT.settings() == dataclasses.asdict(LIGHT)
+    assert dataclasses.replace(LIGHT, first=added).settings() == LIGHT.settings()
+    dim = dataclasses.replace(added, dim=DimConfig((0.4, 0.6)))
+    assert dataclasses.replace(LIGHT, first=dim).settings() != LIGHT.settings()
+
+
+def test_every_degradation_is_described():
+    described = (ROOT / "docs" / "degradations.md").read_text().lower()
+    for config in operation_configs(OrderConfig):
+        assert config.__name__.removesuffix("Config").lower() in described

@@ -1,19 +1,20 @@
 """Released checkpoints at tiny widths: the real structure and names, seeded random weights."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
 
 from model import checkpoints
-from model.dit.nadit import NaDiT, NaDiTConfig
+from model.dit.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT
 from model.vae.autoencoder import CausalVideoAutoencoder
 from pipeline.weights.backbones import ModelConfig
 from tests.helpers import tiny_models
 
 TEXT_DIM = 24
 SHAPES = {
-    size: NaDiTConfig(
-        kind=size,
+    size: dataclasses.replace(
+        config,
         num_layers=3,
         num_heads=2,
         head_dim=16,
@@ -27,8 +28,8 @@ SHAPES = {
         rotary_dim=16 if size == "3b" else 8,
         windows=(4, 3, 3),
     )
-    for size in ("3b", "7b")
-}  # type: ignore[misc]
+    for size, config in (("3b", SEEDVR_3B), ("7b", SEEDVR_7B))
+}
 KINDS = ("seedvr-3b", "seedvr-7b", "seedvr2-3b", "seedvr2-7b")
 
 

@@ -14,12 +14,12 @@ from model.checkpoints import (
     build_autoencoder,
     load_autoencoder,
     load_strict,
-    main,
     read_header,
     read_tensors,
     released_autoencoder_config,
     save_autoencoder,
 )
+from model.checkpoints.__main__ import main
 from model.vae import AutoencoderConfig, CausalVideoAutoencoder
 
 VAE_CASE = Path(__file__).parents[1] / "data" / "parity" / "vae_a.safetensors"
@@ -125,7 +125,7 @@ def test_verify_takes_other_shapes_and_configurations(tmp_path, capsys, halvings
             mean, log_variance = autoencoder.encode(video)
             tensors |= {f"in.{name}.x": video, f"out.{name}.mean": mean, f"out.{name}.logvar": log_variance}
             tensors[f"out.{name}.dec"] = autoencoder.decode_unscaled(mean)
-    header = {"json": json.dumps({"case": "other", "config": released})}
+    header = {"json": json.dumps({"case": "vae_other", "config": released})}
     save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "c.safetensors", header)
     assert main(["verify", str(tmp_path / "c.safetensors")]) == 0
     assert capsys.readouterr().out.count(" ok") == 18
@@ -149,3 +149,28 @@ def test_verify_refuses_what_it_does_not_know(tmp_path):
     assert done.returncode == 1
     assert "not a parity case" in done.stderr
     assert "Traceback" not in done.stderr
+    for kind in ("vae", "dit", "keys_dover_mobile"):
+        assert kind in done.stderr
+
+
+def test_verify_takes_the_kind_from_the_option_where_the_name_does_not_say(tmp_path, capsys):
+    case = tmp_path / "recorded.json"
+    case.write_text((VAE_CASE.parent / "windows_a.json").read_text())
+    assert main(["verify", str(case)]) == 1
+    assert main(["verify", "--kind", "windows", str(case)]) == 0
+    assert main(["verify", "--kind", "sampler", str(case)]) == 1
+    assert "recorded.json: not a whole case of kind sampler: it has no 'runs'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(VAE_CASE.parent.glob("keys_*.json")), ids=lambda path: path.stem)
+def test_verify_compares_names_and_shapes_of_full_size(path, tmp_path, capsys):
+    assert main(["verify", str(path)]) == 0
+    recorded = json.loads(path.read_text())
+    rows = recorded["keys"]
+    if isinstance(rows, list):
+        rows[0]["shape"][0] += 1
+    else:
+        next(iter(rows.values()))[0][0] += 1
+    (tmp_path / path.name).write_text(json.dumps(recorded))
+    assert main(["verify", str(tmp_path / path.name)]) == 1
+    assert capsys.readouterr().out.count("ABOVE") == 1

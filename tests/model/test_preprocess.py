@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import checkpoints, parity, preprocess
+from model import checkpoints, preprocess
+from model.checkpoints.parity import cases
 
 CASE = Path(__file__).parents[1] / "data/parity/preproc_a.safetensors"
 
 
 def test_recorded_numbers():
-    results = list(parity.check(checkpoints.read_header(CASE), checkpoints.read_tensors(CASE), "preproc_a"))
+    results = list(cases.check(checkpoints.read_header(CASE), checkpoints.read_tensors(CASE), "preproc_a"))
     assert len(results) > 100 and all(result.passed for result in results)
 
 

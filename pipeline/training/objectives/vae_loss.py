@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model import losses
 from model.perceptual.lpips import Lpips, video_lpips
+from model.vae import losses
 from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
 from model.vae.discriminator import DiscriminatorConfig
 from pipeline.training.state import ranks

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import flow, text
+from model import flow, text_encoders
 from model.dit.windows import Grid
 from pipeline.store import hashing
 from pipeline.training.samples.latent_reader import Reader
@@ -90,7 +90,7 @@ def training_sample(
     draws = flow.draw_training(lq, [shape], generator)
     time = draws.time if timestep is None else torch.full((1,), timestep)
     condition = draws.condition
-    drops = text.draw_drops(generator) if drop_text else (False, False, False)
+    drops = text_encoders.draw_drops(generator) if drop_text else (False, False, False)
     if one_step_share and torch.rand((), generator=generator) < one_step_share:
         time, condition = torch.full((1,), flow.MAX_TIME), lq
     tokens, pooled = reader.prompt(row["clip_id"], drops)

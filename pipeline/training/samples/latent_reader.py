@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from model import text
+from model import text_encoders
 from pipeline.data import text_embeddings
 from pipeline.store import bf16_columns, schema, storage
 from pipeline.store.id_index import Lookup, id_array
@@ -75,9 +75,9 @@ class LatentReader:
         """
         if isinstance(self.texts, text_embeddings.FixedTexts):
             return self.texts.prompt(dropped=all(drops))
-        return text.join(self.text(clip_id), self.texts.null, *drops)
+        return text_encoders.join(self.text(clip_id), self.texts.null, *drops)
 
-    def text(self, clip_id: str) -> text.TextEmbedding:
+    def text(self, clip_id: str) -> text_encoders.TextEmbedding:
         assert self._texts is not None  # a fixed prompt is none of a clip's own
         return text_embeddings.embedding_of(self._stored(*self._texts[clip_id]))
 

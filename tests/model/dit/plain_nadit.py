@@ -49,7 +49,7 @@ def turn(x: Tensor, angles: Tensor) -> Tensor:
 
 def window_angles(config: NaDiTConfig, extent: tuple[int, int, int], text: int) -> Tensor:
     dim = config.rotary_dim // 3
-    if config.kind == "3b":
+    if config.multimodal_rotary:
         frequencies = torch.tensor([10000.0 ** (-2 * j / dim) for j in range(dim // 2)])
         axes = [torch.arange(n).float() + (text if axis == 0 else 0) for axis, n in enumerate(extent)]
     else:
@@ -67,7 +67,7 @@ class Plain:
         return F.linear(x, self.state[f"{name}.weight"], self.state.get(f"{name}.bias"))
 
     def name(self, block: int, part: str, stream: str) -> str:
-        shared = self.config.kind == "3b" and block >= self.config.separate_layers
+        shared = block >= self.config.separate_layers
         return f"blocks.{block}.{part}.{'all' if shared else stream}"
 
     def time(self, t: float) -> Tensor:
@@ -86,7 +86,7 @@ class Plain:
 
     def mlp(self, block: int, stream: str, x: Tensor) -> Tensor:
         name = self.name(block, "mlp", stream)
-        if self.config.kind == "7b":
+        if not self.config.swiglu:
             return self.linear(
                 f"{name}.proj_out", F.gelu(self.linear(f"{name}.proj_in", x), approximate="tanh")
             )
@@ -103,7 +103,7 @@ class Plain:
     def attention(self, block: int, x: Tensor, c: Tensor, grid) -> tuple[Tensor, Tensor]:
         config, text = self.config, len(c)
         video, words = self.qkv(block, "vid", x), self.qkv(block, "txt", c)
-        if config.kind == "3b":
+        if config.multimodal_rotary:
             dim = config.rotary_dim // 3
             frequencies = torch.tensor([10000.0 ** (-2 * j / dim) for j in range(dim // 2)])
             angles = (torch.arange(text).float()[:, None] * frequencies).repeat(1, 3)
@@ -133,7 +133,7 @@ class Plain:
         x = self.linear("vid_in.proj", patches.reshape(frames * grid[1] * grid[2], -1))
         c = self.linear("txt_in", text)
         for block in range(config.num_layers):
-            ends = config.kind == "3b" and block == config.num_layers - 1
+            ends = config.text_ends_at_last_attention and block == config.num_layers - 1
             shift, scale, gate = self.ada(block, "vid", emb, 0)
             entering_text = norm(c)
             if not ends:
@@ -147,7 +147,7 @@ class Plain:
                 c = c + attended_text * text_gate
                 shift, scale, gate = self.ada(block, "txt", emb, 1)
                 c = c + self.mlp(block, "txt", norm(c) * scale + shift) * gate
-        if config.kind == "3b":
+        if config.modulated_head:
             x = norm(x, self.state["vid_out_norm.weight"])
             x = x * (emb[0, 1] + self.state["vid_out_ada.out_scale"])
             x = x + emb[0, 0] + self.state["vid_out_ada.out_shift"]

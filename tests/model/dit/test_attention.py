@@ -99,6 +99,27 @@ def test_backend_is_chosen_by_device_and_installation(monkeypatch):
     attention.attention_backend.cache_clear()
 
 
+def test_a_further_backend_is_one_entry(layout, monkeypatch):
+    calls = []
+
+    def toy(q, k, v, q_lengths, kv_lengths):
+        calls.append(len(q))
+        return loop(q, k, v, list(q_lengths), list(kv_lengths))
+
+    video, text = random_qkv(layout)
+    expected, _ = attention.window_attention(tuple(video), tuple(text), layout)
+    entry = attention.Backend("toy", lambda device_type: device_type == "cpu", toy)
+    monkeypatch.setattr(attention, "BACKENDS", (entry, *attention.BACKENDS))
+    attention.attention_backend.cache_clear()
+    ours, _ = attention.window_attention(tuple(video), tuple(text), layout)
+    assert calls and (ours - expected).abs().max() <= 1e-5
+    monkeypatch.setattr(attention, "BACKENDS", (entry,))
+    attention.attention_backend.cache_clear()
+    with pytest.raises(ValueError, match="no attention back end runs on 'cuda' here; known: toy"):
+        attention.attention_backend("cuda")
+    attention.attention_backend.cache_clear()
+
+
 def assert_cuda_backend_equals_loop(backend):
     """bf16 on the GPU against the loop in fp32 on the same (rounded) inputs, to 2e-2; gradients too."""
     torch.manual_seed(0)

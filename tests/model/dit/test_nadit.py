@@ -1,5 +1,6 @@
 """The released backbones: recorded numbers, names and shapes, packing."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,22 +9,27 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import released
-from model import checkpoints, parity
+from model import checkpoints
+from model.checkpoints.parity import cases
 from model.dit.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT, NaDiTConfig
 from model.dit.windows import Grid
+from pipeline.weights import weights_folder
 from tests.model.dit.plain_nadit import Plain
 
 DATA = Path(__file__).parents[2] / "data/parity"
 
 
+RELEASED = {"3b": SEEDVR_3B, "7b": SEEDVR_7B}
+
+
 def tiny(kind: str, **changes) -> NaDiTConfig:
     config = {
-        "kind": kind, "num_layers": 3, "num_heads": 2, "head_dim": 32, "width": 64, "patch": (1, 2, 2),
+        "num_layers": 3, "num_heads": 2, "head_dim": 32, "width": 64, "patch": (1, 2, 2),
         "in_channels": 33, "out_channels": 16, "text_dim": 40, "mlp_ratio": 4,
         "separate_layers": 1 if kind == "3b" else 3, "windows": (4, 3, 3),
         "rotary_dim": 32 if kind == "3b" else 16,
     }  # fmt: skip
-    return NaDiTConfig(**{**config, **changes})
+    return dataclasses.replace(RELEASED[kind], **{**config, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +42,11 @@ def one_thread():
 def test_recorded_numbers(case):
     path = DATA / f"{case}.safetensors"
     header, tensors = checkpoints.read_header(path), checkpoints.read_tensors(path)
-    for result in parity.check(header, tensors, source=str(path)):
+    for result in cases.check(header, tensors, source=str(path)):
         assert result.passed, result
     # The time and the text must tell: a case with one of them changed is caught.
     broken = {**tensors, "in.timestep": tensors["in.timestep"] + 1}
-    assert not all(result.passed for result in parity.check(header, broken, source=str(path)))
+    assert not all(result.passed for result in cases.check(header, broken, source=str(path)))
 
 
 @pytest.mark.parametrize("case", ["dit_v1_a", "dit_v2_a"])
@@ -192,3 +198,16 @@ def test_packed_shapes_of_all_kinds_equal_the_plain_network(kind, changes):
             expected = plain(v, t, shapes[i], times[i].item())
             assert expected.std() > 0.1
             assert (packed[i] - expected).abs().max() <= 2e-5, shapes[i]
+
+
+@pytest.mark.parametrize("kind", ["3b", "7b"])
+def test_a_shape_that_names_its_structure_as_version_0_1_did_is_read(kind, tmp_path):
+    config = tiny(kind)
+    flags = ("swiglu", "multimodal_rotary", "modulated_head", "text_ends_at_last_attention")
+    stored = {name: value for name, value in dataclasses.asdict(config).items() if name not in flags}
+    stored["kind"] = kind
+    model = NaDiT(config)
+    checkpoints.write_tensors(tmp_path / "old.safetensors", model.state_dict(), {"backbone": stored})
+    assert checkpoints.load_backbone(tmp_path / "old.safetensors").config == config
+    description = {"kind": weights_folder.NADIT, "config": json.loads(json.dumps(stored))}
+    assert weights_folder.shape_from_json(description) == config

@@ -12,7 +12,8 @@ from open_clip.transform import image_transform
 from PIL import Image
 from torch import nn
 
-from model.checkpoints import load_aesthetic_head, load_dover, load_fast_vqa, main, read_header
+from model.checkpoints import load_aesthetic_head, load_dover, load_fast_vqa, read_header
+from model.checkpoints.__main__ import main
 from model.quality import aesthetic, dover, fast_vqa, fragments
 from model.quality.dover import Dover
 from model.quality.fast_vqa import FastVQA

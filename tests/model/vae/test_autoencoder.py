@@ -157,7 +157,7 @@ def test_a_stream_may_begin_with_a_single_frame(tiny):
 def test_memory_of_a_stream_does_not_grow(tiny):
     memory, sizes = StreamMemory(), []
     for _ in tiny.encode_stream([video_of(21)], 4, memory):
-        sizes.append(sum(tail.untyped_storage().nbytes() for tail in memory.tails.values()))
+        sizes.append(sum(frames.untyped_storage().nbytes() for frames in memory.cache.values()))
     assert len(sizes) == 5
     assert len(set(sizes)) == 1
 

@@ -57,7 +57,7 @@ def test_bands_change_nothing(autoencoder, frames, band_pixels):
 
 @pytest.mark.parametrize("slice_frames", [4, 8, 16])
 def test_bands_change_nothing_whatever_the_slice(autoencoder, slice_frames):
-    check_bands(autoencoder, 18, slice_frames, band_pixels=200, tails_on_host=True)
+    check_bands(autoencoder, 18, slice_frames, band_pixels=200, cache_on_host=True)
 
 
 @pytest.mark.parametrize("time_halvings", [0, 1, 3])

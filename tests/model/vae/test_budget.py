@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from model.vae import FULL_CONFIG, AutoencoderConfig
-from model.vae.budget import CHOICES, plan_stream, stream_values, tail_values
+from model.vae.budget import CHOICES, cache_values, plan_stream, stream_values
 
 CONFIG = AutoencoderConfig(
     widths=(16, 32, 64, 64),
@@ -21,8 +21,8 @@ CONFIG = AutoencoderConfig(
 )
 
 
-def needed_gib(choice: tuple[int, int | None], tails_on_host: bool = False) -> float:
-    return stream_values(CONFIG, 512, 512, *choice, tails_on_host) * 4 / 2**30
+def needed_gib(choice: tuple[int, int | None], cache_on_host: bool = False) -> float:
+    return stream_values(CONFIG, 512, 512, *choice, cache_on_host) * 4 / 2**30
 
 
 def test_each_choice_needs_less_than_the_one_before():
@@ -30,23 +30,23 @@ def test_each_choice_needs_less_than_the_one_before():
         needs = [needed_gib(choice, on_host) for choice in CHOICES]
         assert needs == sorted(needs, reverse=True)
         assert needs[-1] < 0.3 * needs[0]
-    assert needed_gib(CHOICES[-1], tails_on_host=True) < 0.6 * needed_gib(CHOICES[-1])
+    assert needed_gib(CHOICES[-1], cache_on_host=True) < 0.6 * needed_gib(CHOICES[-1])
 
 
 def test_the_plan_is_the_fastest_that_fits():
     for budget_gib in (10.0, 1.0, needed_gib(CHOICES[5]) + 1e-6):
         plan = plan_stream(CONFIG, 512, 512, budget_gib)
-        assert plan.expected_gib <= budget_gib and not plan.tails_on_host
+        assert plan.expected_gib <= budget_gib and not plan.cache_on_host
         chosen = CHOICES.index((plan.slice_frames, plan.band_pixels))
         assert all(needed_gib(faster) > budget_gib for faster in CHOICES[:chosen])
 
 
 def test_memory_goes_to_the_host_only_where_nothing_else_fits():
     smallest = needed_gib(CHOICES[-1])
-    assert not plan_stream(CONFIG, 512, 512, smallest + 1e-6, host=True).tails_on_host
+    assert not plan_stream(CONFIG, 512, 512, smallest + 1e-6, host=True).cache_on_host
     plan = plan_stream(CONFIG, 512, 512, smallest - 1e-6, host=True)
-    assert plan.tails_on_host and plan.expected_gib < smallest
-    assert 0 < plan.host_gib <= tail_values(CONFIG, 512, 512) * 4 / 2**30
+    assert plan.cache_on_host and plan.expected_gib < smallest
+    assert 0 < plan.host_gib <= cache_values(CONFIG, 512, 512) * 4 / 2**30
     with pytest.raises(ValueError, match="at least"):
         plan_stream(CONFIG, 512, 512, smallest - 1e-6)
 
@@ -57,7 +57,7 @@ def test_memory_goes_to_the_host_only_where_nothing_else_fits():
 )
 def test_the_full_model_fits_a_24_gb_card(height, width, card_gib, on_host):
     plan = plan_stream(FULL_CONFIG, height, width, card_gib, bytes_per_value=2, host=True)
-    assert plan.tails_on_host is on_host
+    assert plan.cache_on_host is on_host
 
 
 def test_half_precision_needs_half():

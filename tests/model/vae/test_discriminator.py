@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model import losses
+from model.vae import losses
 from model.vae.discriminator import PAPER_CONFIG, DiscriminatorConfig, VideoDiscriminator
 
 SMALL = DiscriminatorConfig(width=8, layers=3, norm_groups=4)

@@ -30,7 +30,7 @@ TABLES = {
 STAGES = """
 import sys
 import ray
-from model.text import TINY_ENCODERS
+from model.text_encoders import TINY_ENCODERS
 from pipeline.data import filter, precompute
 from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.data.cropping import Bucket

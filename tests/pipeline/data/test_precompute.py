@@ -8,7 +8,7 @@ import pytest
 import ray
 import torch
 
-from model.text import TINY_ENCODERS
+from model.text_encoders import TINY_ENCODERS
 from pipeline.data import precompute, text_embeddings
 from pipeline.data.cropping import Bucket, Native
 from pipeline.runtime import prometheus

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from s3fs import S3FileSystem
 
-from model.text import TINY_ENCODERS
+from model.text_encoders import TINY_ENCODERS
 from pipeline.data import cropping, ingest, precompute, shots
 from pipeline.data import filter as filter_stage
 from pipeline.data.cropping import Bucket
@@ -206,7 +206,7 @@ def test_a_listing_longer_than_a_page_is_complete(store, monkeypatch):
 
 STAGES = """
 import json, sys
-from model.text import TINY_ENCODERS
+from model.text_encoders import TINY_ENCODERS
 from pipeline.data import filter, ingest, precompute
 from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.data.cropping import Bucket

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from model.checkpoints import load_sd3_transformer
 from model.dit.swin_mmdit import TINY
-from model.text import TINY_ENCODERS
+from model.text_encoders import TINY_ENCODERS
 from pipeline.data import precompute
 from pipeline.data.cropping import Bucket
 from pipeline.store import storage

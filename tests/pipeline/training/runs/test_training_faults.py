@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from model.text import TINY_ENCODERS
+from model.text_encoders import TINY_ENCODERS
 from pipeline.data import precompute
 from pipeline.data.cropping import Bucket
 from pipeline.store import storage

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from model.text import TINY_ENCODERS
+from model.text_encoders import TINY_ENCODERS
 from pipeline.data import precompute
 from pipeline.data.cropping import Bucket
 from pipeline.store import schema

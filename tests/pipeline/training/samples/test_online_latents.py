@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from model.text import TINY_ENCODERS
+from model.text_encoders import TINY_ENCODERS
 from pipeline.data import precompute
 from pipeline.data.cropping import Bucket
 from pipeline.data.kept_clips import KeptClips

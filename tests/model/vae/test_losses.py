@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import losses
+from model.vae import losses
 
 
 def test_kl_is_a_sum_over_the_latent_for_each_clip():

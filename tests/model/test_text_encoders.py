@@ -8,14 +8,14 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from model import text
+from model import text_encoders
 from model.dit import swin_mmdit
 
 
 @pytest.fixture(scope="module")
-def encoders() -> text.TextEncoders:
+def encoders() -> text_encoders.TextEncoders:
     torch.set_num_threads(1)
-    return text.TextEncoders(text.TINY_ENCODERS, device="cpu")
+    return text_encoders.TextEncoders(text_encoders.TINY_ENCODERS, device="cpu")
 
 
 PARTS = ("clip_l", "clip_g", "t5", "pooled_l", "pooled_g")
@@ -26,13 +26,13 @@ def test_true_lengths(encoders):
     empty, cat, long = encoders.encode(["", "a cat", LONG])
     assert (len(empty.clip_l), len(empty.t5)) == (2, 1)  # start and end; end
     assert (len(cat.clip_l), len(cat.clip_g), len(cat.t5)) == (4, 4, 6)  # T5's tiny stand-in counts bytes
-    assert (len(long.clip_l), len(long.t5)) == (text.CLIP_MAX_TOKENS, text.T5_MAX_TOKENS)
+    assert (len(long.clip_l), len(long.t5)) == (text_encoders.CLIP_MAX_TOKENS, text_encoders.T5_MAX_TOKENS)
 
 
 def test_a_caption_is_encoded_alike_whoever_is_beside_it(encoders):
     alone = encoders.encode(["a cat"])[0]
     beside = encoders.encode([LONG, "a cat", ""])[1]
-    again = text.TextEncoders(text.TINY_ENCODERS, device="cpu").encode(["a cat"])[0]
+    again = text_encoders.TextEncoders(text_encoders.TINY_ENCODERS, device="cpu").encode(["a cat"])[0]
     for part in PARTS:
         assert torch.equal(getattr(alone, part), getattr(beside, part)), part
         assert torch.equal(getattr(alone, part), getattr(again, part)), part
@@ -46,7 +46,7 @@ def test_captions_differ_in_every_encoder(encoders):
 
 def test_clip_states_are_those_before_the_last_layer(encoders):
     """Zeroing the last layer changes the pooled vector and not the states."""
-    other = text.TextEncoders(text.TINY_ENCODERS, device="cpu")
+    other = text_encoders.TextEncoders(text_encoders.TINY_ENCODERS, device="cpu")
     for parameter in other.clip_g.transformer.resblocks[-1].parameters():
         parameter.zero_()
     before, after = encoders.encode(["a cat"])[0], other.encode(["a cat"])[0]
@@ -72,7 +72,7 @@ def test_clip_agrees_with_open_clip_itself(encoders):
 
 def test_join_lays_out_as_sd3(encoders):
     null, cat = encoders.encode(["", "a cat"])
-    joined, pooled = text.join(cat, null, drop_l=False, drop_g=False, drop_t5=False)
+    joined, pooled = text_encoders.join(cat, null, drop_l=False, drop_g=False, drop_t5=False)
     assert joined.shape == (4 + 6, swin_mmdit.TINY.text_dim) and pooled.shape == (swin_mmdit.TINY.pooled_dim,)
     assert torch.equal(joined[:4, :16], cat.clip_l) and torch.equal(joined[:4, 16:48], cat.clip_g)
     assert not joined[:4, 48:].any() and torch.equal(joined[4:], cat.t5)
@@ -82,7 +82,7 @@ def test_join_lays_out_as_sd3(encoders):
 @pytest.mark.parametrize("drop", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 1, 1)])
 def test_each_encoder_drops_on_its_own(encoders, drop):
     null, cat = encoders.encode(["", "a cat"])
-    joined, pooled = text.join(cat, null, *map(bool, drop))
+    joined, pooled = text_encoders.join(cat, null, *map(bool, drop))
     from_l, from_g, from_t5 = (null if dropped else cat for dropped in drop)
     clips = max(len(from_l.clip_l), len(from_g.clip_g))
     assert len(joined) == clips + len(from_t5.t5)
@@ -96,7 +96,10 @@ def test_each_encoder_drops_on_its_own(encoders, drop):
 
 def test_all_dropped_is_the_negative_prompt(encoders):
     null, cat = encoders.encode(["", "a cat"])
-    dropped, negative = text.join(cat, null, True, True, True), text.join(null, null, False, False, False)
+    dropped, negative = (
+        text_encoders.join(cat, null, True, True, True),
+        text_encoders.join(null, null, False, False, False),
+    )
     assert torch.equal(dropped[0], negative[0]) and torch.equal(dropped[1], negative[1])
 
 
@@ -115,8 +118,10 @@ def test_encoders_from_folders(encoders, tmp_path):
     save_file(clip.state_dict(), clip_folder / "open_clip_model.safetensors")
     encoders.t5.save_pretrained(t5_folder)
     transformers.ByT5Tokenizer().save_pretrained(t5_folder)
-    config = text.TextEncoderConfig(clip_l=str(clip_folder), clip_g=text.TINY, t5=str(t5_folder))
-    loaded = text.TextEncoders(config, device="cpu")
+    config = text_encoders.TextEncoderConfig(
+        clip_l=str(clip_folder), clip_g=text_encoders.TINY, t5=str(t5_folder)
+    )
+    loaded = text_encoders.TextEncoders(config, device="cpu")
     ours, tiny = loaded.encode(["a cat"])[0], encoders.encode(["a cat"])[0]
     tokens = loaded.clip_tokenizer(["a cat"])
     assert torch.allclose(ours.pooled_l, clip.eval().encode_text(tokens)[0], atol=1e-6)
@@ -125,6 +130,6 @@ def test_encoders_from_folders(encoders, tmp_path):
 
 def test_drop_rate_and_independence():
     generator = torch.Generator().manual_seed(0)
-    drops = torch.tensor([text.draw_drops(generator) for _ in range(4000)], dtype=torch.float32)
+    drops = torch.tensor([text_encoders.draw_drops(generator) for _ in range(4000)], dtype=torch.float32)
     assert ((drops.mean(0) - 0.464).abs() < 0.03).all()
     assert (torch.corrcoef(drops.T) - torch.eye(3)).abs().max() < 0.06
