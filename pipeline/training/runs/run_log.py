@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.runtime import prometheus
 from pipeline.store import schema, storage
@@ -83,7 +82,7 @@ class Log:
         self._url = storage.join(output_url, "tensorboard", name)
         self._local = storage.path_of(self._url) if self._url.startswith("file://") else tempfile.mkdtemp()
         writes = self._writes = trainer.rank() == 0
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None
         self._open()
         self._samples = sum(int(step["samples"]) for step in history)
         self._started, self._first = time.monotonic(), len(history)
@@ -147,6 +146,8 @@ class Log:
 
     def _open(self) -> None:
         if self._writes:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and rank 0 alone writes
+
             with self._tolerated():
                 self._writer = SummaryWriter(self._local, purge_step=len(self.history))
 

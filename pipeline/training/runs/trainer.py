@@ -14,20 +14,19 @@ from queue import Queue
 from typing import Any, Literal, TypeVar
 
 import ray
-import ray.train
 import torch
 import torch.distributed as dist
-from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
 
 from pipeline.runtime import stage
 from pipeline.store import storage
+from pipeline.training.runs import train_controller
 from pipeline.training.state import control
 from pipeline.training.state.checkpoint import CHECKPOINTS
+from pipeline.training.state.desk import Desk
 
 WEIGHTS, HISTORY = "weights", "history.json"
 T = TypeVar("T")
@@ -102,35 +101,39 @@ def start_trainer(
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # Here, as Ray Train's controller is: elsewhere it could die with a node that the run does without.
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    desk = ray.remote(num_cpus=0, scheduling_strategy=here)(control.Desk).remote()
+    desk = ray.remote(num_cpus=0, scheduling_strategy=here)(Desk).remote()
     each = {"CPU": scale.cpus_per_worker, **({"GPU": 1} if scale.use_gpu else {})}
     needs = f"{scale.workers[0]} worker(s) of {each}"
-    # Typed for users' callbacks only; at run time every callback will do.
-    watch: Any = control.Watch(desk, needs, scale.wait_for_workers_s)
     local = not storage_url.startswith("s3://")
-    trainer = TorchTrainer(
-        loop,
-        train_loop_config={"config": config, "desk": desk},
-        torch_config=TorchConfig(backend="nccl" if scale.use_gpu else "gloo", timeout_s=3600),
+    # Typed for users' callbacks only; at run time every callback will do.
+    callbacks: Any = [train_controller.Watch(desk, needs, scale.wait_for_workers_s)]
+    run_config: Any = RunConfig(
+        name=name,
+        storage_path=storage.path_of(storage.join(storage_url, CHECKPOINTS)),
+        storage_filesystem=None if local else storage.arrow_filesystem(storage_url),
+        failure_config=FailureConfig(max_failures=scale.max_failures),
+        callbacks=callbacks,
+    )
+
+    def on_rank() -> dict[str, Any] | None:
+        return loop({"config": config, "desk": desk})
+
+    trainer = train_controller.Trainer(
+        on_rank,  # not by `train_loop_config`: the controller would import what the config is made of
+        backend_config=train_controller.ProcessGroupConfig("nccl" if scale.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=scale.num_workers,
             use_gpu=scale.use_gpu,
             resources_per_worker=each,
             elastic_resize_monitor_interval_s=scale.resize_every_s,
         ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=storage.path_of(storage.join(storage_url, CHECKPOINTS)),
-            storage_filesystem=None if local else storage.arrow_filesystem(storage_url),
-            failure_config=FailureConfig(max_failures=scale.max_failures),
-            callbacks=[watch],
-        ),
+        run_config=run_config,
     )
     try:
         with control.sigterm_saves(desk):
             result: Any = trainer.fit()
     except ControllerError as error:
-        if isinstance(error.controller_failure, control.WaitedTooLongError):
+        if isinstance(error.controller_failure, train_controller.WaitedTooLongError):
             raise ValueError(str(error.controller_failure)) from None
         raise
     outcome = result.return_value
@@ -144,11 +147,15 @@ def start_trainer(
 def setup_worker(scale: ScaleConfig) -> torch.device:
     """Threads and accelerator of this rank; call first in a loop."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if scale.use_gpu else "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(ray.train.get_context().get_local_rank()))
     torch.set_num_threads(max(1, scale.cpus_per_worker))
     import deepspeed  # slow to import, and only workers need it
 
-    device = ray.train.torch.get_device() if scale.use_gpu else torch.device("cpu")
+    device = torch.device("cpu")
+    if scale.use_gpu:
+        from ray.train.torch import get_device
+
+        device = get_device()
+        torch.cuda.set_device(device)
     # Its shared-memory all-reduce takes 90 s of compiling at the first start; gloo will do.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if scale.use_gpu else "gloo", verbose=False)

@@ -1,7 +1,7 @@
 """What a training does when things go wrong: bad gradients, SIGTERM, nodes that are missing or come back.
 
-The driver process holds a `Desk`, an actor of no cost: rank 0 looks there after every step for what is asked
-of the loop, and all ranks follow at the same step. A killed worker or node is Ray Train's to replace.
+The driver process holds a `Desk`: rank 0 looks there after every step for what is asked of the loop, and all
+ranks follow at the same step. A killed worker or node is Ray Train's to replace (train_controller.py).
 """
 
 import contextlib
@@ -18,21 +18,11 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.controller.state import (
-    InitializingState,
-    ReschedulingState,
-    RestartingState,
-    RunningState,
-    SchedulingState,
-)
 from torch import Tensor
 
 _NORMS_KEPT = 100  # what a spike is measured against
 _NORMS_NEEDED = 20  # before that nothing counts as a spike
-_WAIT_LINE_S = 30
 _LOOK_S = 10  # between looks for nodes that will be taken away
-_SAVE_TIMEOUT_S = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,24 +127,6 @@ class StepGuard:
 # -- orders from outside --------------------------------------------------------------------------------
 
 
-class Desk:
-    """An actor between the driver, Ray Train's controller and rank 0."""
-
-    def __init__(self) -> None:
-        self.stop = self.save = self.over = False
-
-    def order(self, stop: bool) -> None:
-        self.save, self.stop = not self.over, self.stop or stop
-
-    def orders(self) -> tuple[bool, bool]:
-        """(save, stop)."""
-        return self.save, self.stop
-
-    def saved(self, over: bool) -> None:
-        """over: the loop has ended and follows no more orders."""
-        self.save, self.over = False, over
-
-
 class Orders:
     """What is asked of the loop; every rank calls the same methods at the same steps."""
 
@@ -215,61 +187,3 @@ def sigterm_saves(desk: Any) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-# -- in Ray Train's controller --------------------------------------------------------------------------
-
-
-class WaitedTooLongError(Exception):
-    """No workers for `wait_for_workers_s`."""
-
-
-class Watch(ControllerCallback):
-    """Says what the run waits for, ends it after a while, and saves before the number of workers changes."""
-
-    def __init__(self, desk: Any, needs: str, limit_s: float) -> None:
-        self.desk, self.needs, self.limit_s = desk, needs, limit_s
-        self._since = 0.0  # when the waiting began; 0: workers are there
-        self._running = False
-
-    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        without = isinstance(current_state, InitializingState | RestartingState | ReschedulingState)
-        if isinstance(current_state, RunningState) or without:
-            self._running = not without
-        if not without and not isinstance(current_state, SchedulingState):
-            self._since = 0.0
-            return
-        now = time.monotonic()
-        if not self._since:
-            self._since = now
-            threading.Thread(target=self._tell, args=(now,), daemon=True).start()
-        waited = now - self._since
-        if waited > self.limit_s:
-            self._since = 0.0
-            raise WaitedTooLongError(
-                f"scale.wait_for_workers_s: after {waited:.0f} s there is still no room for {self.needs}; "
-                f"{self._free()}. Started again, the job goes on from its newest checkpoint"
-            )
-
-    def _tell(self, since: float) -> None:
-        """A line now and then while that wait lasts; Ray Train itself looks for room only once a minute."""
-        while True:
-            time.sleep(_WAIT_LINE_S)
-            if self._since != since:
-                return
-            waited = time.monotonic() - since
-            print(f"waiting for {self.needs}, {waited:.0f} s so far; {self._free()}", flush=True)
-
-    @staticmethod
-    def _free() -> str:
-        free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
-        return f"{sum(node['Alive'] for node in ray.nodes())} node(s) have {free or 'nothing'} free"
-
-    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        """Ray Train stops the workers next; what they did since their last save would be done again."""
-        if not self._running:
-            return
-        ray.get(self.desk.order.remote(stop=False))
-        deadline = time.monotonic() + _SAVE_TIMEOUT_S
-        while ray.get(self.desk.orders.remote())[0] and time.monotonic() < deadline:
-            time.sleep(0.2)

@@ -8,6 +8,7 @@ import torch
 from model.text import TINY_ENCODERS
 from pipeline.data import precompute, text_embeddings
 from pipeline.data.cropping import Bucket
+from pipeline.data.sample_pixels import prepare_sample
 from pipeline.runtime import stage
 from pipeline.store import schema, storage
 from pipeline.training.runs import train_dit
@@ -40,7 +41,7 @@ def roots(tmp_path_factory) -> tuple[str, str, online_latents.OnlineConfig]:
         patch.setattr(
             precompute.EncodeShard,
             "_prepared",
-            lambda self, planned: ((one, precompute.prepare_sample(one, self.config)) for one in planned),
+            lambda self, planned: ((one, prepare_sample(one, self.config.pixels)) for one in planned),
         )
         kept, folder = text_embeddings.KeptClips(urls[0]), storage.join(urls[0], schema.LATENTS)
         precompute._make(stored, kept, folder, stage.Summary("precompute"))
