@@ -32,6 +32,7 @@ from model.vae.autoencoder import FULL_CONFIG, CausalVideoAutoencoder
 from pipeline.data import cropping, ingest, precompute
 from pipeline.data import filter as filter_stage
 from pipeline.data.filter import FilterConfig
+from pipeline.data.sample_pixels import prepare_sample
 from pipeline.data.scorers import technical
 from pipeline.metrics import niqe
 from pipeline.runtime import stage, work_plan
@@ -132,8 +133,8 @@ def cpu_path(clips: list[dict[str, Any]], samples: int, encoder_mpx_per_s: float
         ][:samples]
         if not planned:
             continue
-        precompute.prepare_sample(planned[0], config)  # starts the decoding process
-        seconds = sum(precompute.prepare_sample(sample, config)["seconds"] for sample in planned)
+        prepare_sample(planned[0], config.pixels)  # starts the decoding process
+        seconds = sum(prepare_sample(sample, config.pixels)["seconds"] for sample in planned)
         rate = len(planned) / seconds
         megapixels = 2 * bucket.frames * bucket.height * bucket.width / 1e6  # HQ and LQ
         found[bucket.name] = {
@@ -151,7 +152,7 @@ def vae_share(clips: list[dict[str, Any]], samples: int) -> dict[str, float]:
     seconds = {"prepare": 0.0, "encode": 0.0}
     for clip in videos[:samples]:
         (planned,) = cropping.plan_samples(clip, BUCKETS[1:2], None, 1, seed=0)
-        pixels = precompute.prepare_sample({**planned, "clip": clip}, config)
+        pixels = prepare_sample({**planned, "clip": clip}, config.pixels)
         seconds["prepare"] += pixels["seconds"]
         seconds["encode"] += timed(
             lambda pixels=pixels: precompute.encode_pair(vae, pixels["hq"], pixels["lq"], 0)

@@ -41,6 +41,7 @@ from model.dit.swin_mmdit import SD3_MEDIUM, TINY, SwinMMDiT, SwinMMDiTConfig
 from model.text_encoders import TINY_ENCODERS, TextEncoders
 from pipeline.data import cropping, precompute
 from pipeline.data.cropping import Bucket
+from pipeline.data.sample_pixels import prepare_sample, read_crop
 from pipeline.store import bf16_columns, storage
 from pipeline.training.runs import train_dit, trainer
 from pipeline.training.samples import latent_reader
@@ -91,11 +92,11 @@ class Sources:
             for sample in cropping.plan_samples(clip, [BUCKET], None, 1, seed=0)
         ]
         self.planned = [planned[i % len(planned)] for i in range(samples)]
-        precompute.prepare_sample(self.planned[0], self.config)  # starts the decoding process
+        prepare_sample(self.planned[0], self.config.pixels)  # starts the decoding process
 
     def pixels(self, number: int) -> dict[str, Any]:
         """Decoded, cropped and degraded."""
-        made = precompute.prepare_sample(self.planned[number], self.config)
+        made = prepare_sample(self.planned[number], self.config.pixels)
         assert "error" not in made, made
         return made
 
@@ -106,7 +107,7 @@ class Sources:
         window = (top, left, BUCKET.height, BUCKET.width)
         sandbox = precompute.shared_sandbox(self.config.decode_seconds)
         path = storage.path_of(clip["uri"])
-        return sandbox.call(precompute.read_crop, clip, path, first, BUCKET.frames, window)
+        return sandbox.call(read_crop, clip, path, first, BUCKET.frames, window)
 
     def encoded(self, number: int, pixels: dict[str, Any]) -> dict[str, Any]:
         return precompute.encode_pair(self.vae, pixels["hq"], pixels["lq"], self.planned[number]["seed"])

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from model import preprocess
 from pipeline.data import precompute
 from pipeline.data.kept_clips import KeptClips
+from pipeline.data.sample_pixels import prepare_sample
 from pipeline.runtime.job_config import parse
 from pipeline.store import schema, storage
 from pipeline.training.runs import trainer
@@ -129,7 +130,7 @@ def training_pairs(data: str, count: int, workers: int) -> list[tuple[np.ndarray
     ]
     random.Random(config.seed).shuffle(rows)
     with ProcessPoolExecutor(workers) as pool:
-        made = pool.map(functools.partial(precompute.prepare_sample, config=config), rows[:count])
+        made = pool.map(functools.partial(prepare_sample, config=config.pixels), rows[:count])
         return [(pair["hq"], pair["lq"]) for pair in made if "error" not in pair]
 
 

@@ -6,8 +6,7 @@ from typing import ClassVar
 
 import cv2
 import numpy as np
-from scipy.special import ndtri
-from scipy.stats import poisson
+from scipy.special import ndtri, pdtr  # scipy.stats would take a second to import in every worker
 
 from degradations.checks import Range, check_probability, check_range, check_step
 from degradations.draws import ClipDraws
@@ -159,7 +158,7 @@ def _poisson_table(levels: int) -> np.ndarray:
     table = np.zeros((256, _QUANTILES), np.float64)
     for value in range(1, 256):
         rate = value / 255 * levels
-        row = poisson.cdf(np.arange(int(rate + 8 * np.sqrt(rate) + 10)), rate).searchsorted(middle) - rate
+        row = pdtr(np.arange(int(rate + 8 * np.sqrt(rate) + 10)), rate).searchsorted(middle) - rate
         row -= row.mean()
         row *= np.sqrt(rate) / row.std()
         table[value] = row / levels * 255

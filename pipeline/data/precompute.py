@@ -17,16 +17,15 @@ import pyarrow as pa
 import ray
 import torch
 
-from degradations.recipe import REALBASICVSR, REALESRGAN, RecipeConfig, apply, draw, to_json
+from degradations.config import REALBASICVSR, REALESRGAN, RecipeConfig
 from model.vae.autoencoder import CausalVideoAutoencoder, posterior_noise
 from pipeline.data import cropping, precompute_cost, text_embeddings
 from pipeline.data.kept_clips import KeptClips
+from pipeline.data.sample_pixels import PixelConfig, prepare_sample
 from pipeline.runtime import prometheus, stage, work_plan
-from pipeline.store import bf16_columns, hashing, schema, source_cache, storage
+from pipeline.store import bf16_columns, hashing, schema, storage
 from pipeline.store.urls import Url, check_urls
-from pipeline.video import decoding, pixel_range
-from pipeline.video.sandbox import MediaError
-from pipeline.video.sandbox import shared as shared_sandbox
+from pipeline.video import pixel_range
 from pipeline.weights import weights_folder
 
 _ESTIMATE = "_estimate"  # below the data root: a dry run's summary
@@ -72,6 +71,11 @@ class SampleConfig:
         if (self.text is None) == (self.fixed_text is None):
             raise ValueError("text, fixed_text: give exactly one of them")
 
+    @property
+    def pixels(self) -> PixelConfig:
+        """What of it the tasks that make pixels are given."""
+        return PixelConfig(self.video_recipe, self.image_recipe, self.decode_seconds)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrecomputeConfig(SampleConfig):
@@ -105,41 +109,6 @@ class PrecomputeConfig(SampleConfig):
         for key in ("variants", "samples_per_shard", "encode_actors", "samples_in_flight", "dry_run_samples"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}: {getattr(self, key)}; it must be at least 1")
-
-
-def degrade(frames: np.ndarray, clip: dict[str, Any], config: SampleConfig, seed: int) -> dict[str, Any]:
-    """HQ (the frames, sharpened if the recipe says so) and LQ, uint8 (T, H, W, 3), and what made it."""
-    recipe = config.image_recipe if clip["media"] == "image" else config.video_recipe
-    shape = (frames.shape[0], frames.shape[1], frames.shape[2])
-    degradation = draw(recipe, seed, shape, clip["fps"] or 25.0)
-    applied = apply(degradation, frames)
-    record = {"operations": json.loads(to_json(degradation)), "measured": applied.measured}
-    return {"hq": applied.hq, "lq": applied.lq, "degradation": json.dumps(record)}
-
-
-def read_crop(
-    clip: dict[str, Any], path: str, first: int, count: int, window: tuple[int, int, int, int]
-) -> np.ndarray:
-    """Frames [first, first + count) of a clip, cut to (top, left, height, width): uint8 (T, H, W, 3)."""
-    top, left, height, width = window
-    frames = decoding.read_frames(clip, path, first, count)
-    return np.ascontiguousarray(frames[:, top : top + height, left : left + width])
-
-
-def prepare_sample(planned: dict[str, Any], config: SampleConfig) -> dict[str, Any]:
-    """Decode, crop and degrade one planned sample: {hq, lq, degradation} or {error}, and its CPU seconds."""
-    start = time.monotonic()
-    clip, (first, top, left) = planned["clip"], planned["crop"]
-    try:
-        with source_cache.local_file(clip["uri"], clip.get("source_etag")) as path:
-            count = planned["num_frames"]
-            window = (top, left, planned["height"], planned["width"])
-            sandbox = shared_sandbox(config.decode_seconds)
-            frames = sandbox.call(read_crop, clip, path, first, count, window)
-        made = degrade(frames, clip, config, planned["seed"])
-    except (MediaError, ValueError, OSError) as error:
-        made = {"error": f"{type(error).__name__}: {clip['uri']}: {error}"}
-    return {**made, "seconds": time.monotonic() - start}
 
 
 @torch.no_grad()
@@ -197,7 +166,7 @@ class EncodeShard:
         """(planned row, its pixels) in order, with at most `samples_in_flight` decoded ahead."""
         waiting: deque[tuple[dict[str, Any], Any]] = deque()
         for sample in planned:
-            waiting.append((sample, self.prepare.remote(sample, self.config)))
+            waiting.append((sample, self.prepare.remote(sample, self.config.pixels)))
             if len(waiting) > self.config.samples_in_flight:
                 first, reference = waiting.popleft()
                 yield first, ray.get(reference)

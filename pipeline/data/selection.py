@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from pipeline.store import hashing
 from pipeline.store.id_index import Lookup, id_array
@@ -75,6 +73,10 @@ def _near_pairs(unique: np.ndarray, distance: int) -> Iterator[np.ndarray]:
 
 def _components(count: int, pairs: Iterator[np.ndarray]) -> np.ndarray:
     """Labels `(count,)` of the sets that the pairs link, from 0 on."""
+    # Here, as the driver alone needs them: the workers' start would pay for them too.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     labels = np.arange(count, dtype=np.int32)
     waiting: list[np.ndarray] = []
 

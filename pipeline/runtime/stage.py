@@ -29,7 +29,9 @@ def connect() -> None:
     if not ray.is_initialized():
         # Submitted jobs are told their cluster. Without that, Ray would join whichever it last saw start
         # here, also one that was killed since.
-        ray.init(os.environ.get("RAY_ADDRESS", "local"), log_to_driver=True)
+        address = os.environ.get("RAY_ADDRESS", "local")
+        # A Ray that ends with this job needs no dashboard; its four processes would take seconds to start.
+        ray.init(address, log_to_driver=True, include_dashboard=False if address == "local" else None)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = True
 

@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
-import aiohttp
-import botocore.exceptions
 import fsspec
 import pyarrow as pa
 import pyarrow.fs as pa_fs
@@ -45,12 +43,20 @@ _S3_OPTIONS: dict[str, Any] = {
 }
 _ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.5
-_FAILURES = (OSError, asyncio.TimeoutError, aiohttp.ClientError, botocore.exceptions.BotoCoreError)
 _KEYS_PER_PAGE = 1000  # of a listing
 
 
 class StorageError(RuntimeError):
     """The object store did not answer, or not in full, however often it was asked."""
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a failing store raises, besides what says that it is as it should be."""
+    # A third of a second in every process, which those on local files do without.
+    import aiohttp
+    import botocore.exceptions
+
+    return OSError, asyncio.TimeoutError, aiohttp.ClientError, botocore.exceptions.BotoCoreError
 
 
 def _insist(url: str, action: Callable[[], T], final: tuple[type[Exception], ...]) -> T:
@@ -67,7 +73,7 @@ def _insist(url: str, action: Callable[[], T], final: tuple[type[Exception], ...
             if isinstance(error, PermissionError) and "AccessDenied" not in str(error.__cause__):
                 raise StorageError(f"{url}: the credentials are refused: {error}") from error
             raise
-        except _FAILURES as error:
+        except _failures() as error:
             if attempt == _ATTEMPTS - 1:
                 raise StorageError(f"{url}: gave up after {_ATTEMPTS} attempts: {error}") from error
         time.sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))  # spread out, not in step

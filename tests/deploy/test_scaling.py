@@ -23,6 +23,7 @@ from ray._private.services import get_node_ip_address
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 from demo.local_ray import free_ports
+from tests import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,13 +92,11 @@ def autoscaling_head(cluster: dict):
         "file_mounts": {},
     }
     (folder / "cluster.yaml").write_text(json.dumps(config))
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment = {
-        **kept,
+        **settings.without_ray(),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_USAGE_STATS_ENABLED": "0",
         "MARK_OF_TEST": secrets.token_hex(8),
     }
     head_environment = {

@@ -8,6 +8,8 @@ from typing import Any
 from ray._private.authentication import authentication_token_setup as ray_tokens
 from ray.cluster_utils import Cluster
 
+from tests import settings
+
 ROOT = Path(__file__).resolve().parents[2]
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 
@@ -29,6 +31,5 @@ def new_node(cluster: Cluster) -> Any:
 
 def driver_environment() -> dict[str, str]:
     """For a driver on the cluster: of this process's Ray it may know the tokens, nothing else."""
-    other = [key for key in os.environ if key.startswith("RAY_") and not key.startswith("RAY_AUTH_")]
-    kept = {key: value for key, value in os.environ.items() if key not in other}
-    return {**kept, "PYTHONPATH": str(ROOT)}
+    tokens = {key: value for key, value in os.environ.items() if key.startswith("RAY_AUTH_")}
+    return {**settings.without_ray(), **tokens, "PYTHONPATH": str(ROOT)}

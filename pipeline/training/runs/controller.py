@@ -1,11 +1,22 @@
-"""Our part of Ray Train's controller: it waits for room, for so long, and saves before workers change."""
+"""Our part of Ray Train's controller: the ranks' process group, waiting for room, a save before a resize.
 
+The controller's process imports this module to learn of it, and so must not import torch: the ranks do, and a
+start of the controller is what everybody waits for.
+"""
+
+import dataclasses
+import os
 import threading
 import time
-from typing import Any
+from datetime import timedelta
+from typing import Any, Literal
 
 import ray
-from ray.train.v2._internal.execution.callback import ControllerCallback
+import ray.train
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, RayTrainCallback
 from ray.train.v2._internal.execution.controller.state import (
     InitializingState,
     ReschedulingState,
@@ -13,9 +24,55 @@ from ray.train.v2._internal.execution.controller.state import (
     RunningState,
     SchedulingState,
 )
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+_GROUP_TIMEOUT = timedelta(hours=1)  # of a collective operation: rank 0 may be long at writing
 _WAIT_LINE_S = 30
 _SAVE_TIMEOUT_S = 300
+
+
+class Trainer(DataParallelTrainer):
+    """Ray's, without the actor that would deal out Ray datasets: the ranks read their samples themselves."""
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+
+
+@dataclasses.dataclass
+class ProcessGroupConfig(BackendConfig):
+    """torch.distributed among the ranks. Ray's TorchConfig does the same, and imports torch wherever it goes:
+    into the driver and the controller, two seconds each."""
+
+    backend: Literal["gloo", "nccl"]
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _ProcessGroup
+
+
+class _ProcessGroup(Backend):
+    share_cuda_visible_devices = True  # NCCL reaches a node's other GPUs directly
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        worker_group.execute(_join_group, backend_config.backend, address, port)
+
+
+def _join_group(backend: str, address: str, port: int) -> None:
+    """On each rank, before the loop."""
+    import torch.distributed as dist
+
+    context = ray.train.get_context()
+    os.environ |= {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "RANK": str(context.get_world_rank()),
+        "WORLD_SIZE": str(context.get_world_size()),
+        "LOCAL_RANK": str(context.get_local_rank()),
+        "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+        "NODE_RANK": str(context.get_node_rank()),
+    }
+    dist.init_process_group(backend, timeout=_GROUP_TIMEOUT)
 
 
 class WaitedTooLongError(Exception):

@@ -14,18 +14,15 @@ from queue import Queue
 from typing import Any, Literal, TypeVar
 
 import ray
-import ray.train
 import torch
-from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
 from pipeline.runtime import stage
 from pipeline.store import storage
-from pipeline.training.runs.controller import TrainingCallback, WaitedTooLongError
+from pipeline.training.runs import controller
 from pipeline.training.state import control, deepspeed_adapter
 from pipeline.training.state.checkpoint import CHECKPOINTS
 
@@ -107,10 +104,12 @@ def start_trainer(
     actor = ray.remote(num_cpus=0, scheduling_strategy=here)(control.ControlActor).remote()
     each = {"CPU": scale.cpus_per_worker, **({"GPU": 1} if scale.use_gpu else {})}
     needs = f"{scale.workers[0]} worker(s) of {each}"
-    callback = TrainingCallback(actor, needs, scale.wait_for_workers_s)
-    trainer = TorchTrainer(
-        lambda: on_rank(actor),
-        torch_config=TorchConfig(backend=scale.backend, timeout_s=3600),
+    callback = controller.TrainingCallback(actor, needs, scale.wait_for_workers_s)
+    trainer = controller.Trainer(
+        lambda: on_rank(
+            actor
+        ),  # not by `train_loop_config`: the controller would import what configs are made of
+        backend_config=controller.ProcessGroupConfig(scale.backend),
         scaling_config=ScalingConfig(
             num_workers=scale.num_workers,
             use_gpu=scale.use_gpu,
@@ -123,7 +122,7 @@ def start_trainer(
         with control.sigterm_saves(actor):
             result: Any = trainer.fit()
     except ControllerError as error:
-        if isinstance(error.controller_failure, WaitedTooLongError):
+        if isinstance(error.controller_failure, controller.WaitedTooLongError):
             raise ValueError(str(error.controller_failure)) from None
         raise
     outcome = result.return_value
@@ -134,7 +133,7 @@ def start_trainer(
         raise SystemExit(128 + signal.SIGTERM)
 
 
-def _run_config(name: str, storage_url: str, scale: ScaleConfig, callback: Any) -> RunConfig:
+def _run_config(name: str, storage_url: str, scale: ScaleConfig, callback: Any) -> Any:
     """callback: of the controller; Ray's types know only users' own, at run time every kind will do."""
     local = not storage_url.startswith("s3://")
     return RunConfig(
@@ -149,9 +148,13 @@ def _run_config(name: str, storage_url: str, scale: ScaleConfig, callback: Any) 
 def setup_worker(scale: ScaleConfig) -> torch.device:
     """Threads and accelerator of this rank; call it first on a rank."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if scale.use_gpu else "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(ray.train.get_context().get_local_rank()))
     torch.set_num_threads(max(1, scale.cpus_per_worker))
-    device = ray.train.torch.get_device() if scale.use_gpu else torch.device("cpu")
+    device = torch.device("cpu")
+    if scale.use_gpu:
+        from ray.train.torch import get_device
+
+        device = get_device()
+        torch.cuda.set_device(device)
     deepspeed_adapter.join_ranks(scale.backend)
     return device
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.data import cropping, precompute, text_embeddings
 from pipeline.data.kept_clips import KeptClips
 from pipeline.data.precompute import SampleConfig
+from pipeline.data.sample_pixels import prepare_sample
 from pipeline.store import bf16_columns, hashing, schema, storage
 from pipeline.training.samples import latent_reader
 from pipeline.weights import weights_folder
@@ -87,7 +88,7 @@ class OnlineReader:
             seed = hashing.stable_hash(self._seed, "online", epoch, sample_id)
             size = cropping.Bucket(planned["num_frames"], planned["height"], planned["width"])
             planned = {**planned, "seed": seed, "crop": cropping.random_crop(planned["clip"], size, seed)}
-        pixels = precompute.prepare_sample(planned, self._config)
+        pixels = prepare_sample(planned, self._config.pixels)
         if "error" in pixels:
             raise ValueError(f"online: {pixels['error']}; have the filter reject this clip")
         columns = precompute.encode_pair(self._vae, pixels["hq"], pixels["lq"], planned["seed"])

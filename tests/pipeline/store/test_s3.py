@@ -17,13 +17,14 @@ import pytest
 from s3fs import S3FileSystem
 
 from model.text_encoders import TINY_ENCODERS
-from pipeline.data import cropping, ingest, precompute, shots
+from pipeline.data import cropping, ingest, precompute, sample_pixels, shots
 from pipeline.data import filter as filter_stage
 from pipeline.data.cropping import Bucket
 from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.runtime import work_plan
 from pipeline.store import schema, source_cache, storage
 from pipeline.video import decoding
+from tests import settings
 from tests.helpers import object_store
 from tests.helpers.object_store import BUCKET, FaultyProxy
 from tests.helpers.tiny_models import save_vae
@@ -162,7 +163,7 @@ def test_a_node_fetches_a_source_once_for_all_its_clips_and_spans(proxy, store, 
     for clip in clips[2:4]:
         assert filter_stage.score_clips([clip], scoring)[0]["error"] is None
         for planned in cropping.plan_samples(clip, precomputing.buckets, None, 1, 0):
-            assert "hq" in precompute.prepare_sample({**planned, "clip": clip}, precomputing)
+            assert "hq" in sample_pixels.prepare_sample({**planned, "clip": clip}, precomputing.pixels)
     assert fetches() == 3
 
     def read(_: int) -> bytes:
@@ -261,8 +262,8 @@ def test_all_stages_under_ray_through_a_failing_store_equal_those_of_a_sound_one
     made = {}
     try:
         for prefix, url in (("sound", sound), ("failing", proxy.url)):
-            clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-            environment = {**clean, **object_store.environment(url), "PYTHONPATH": str(ROOT)}
+            reached = object_store.environment(url)
+            environment = {**settings.without_ray(), **reached, "PYTHONPATH": str(ROOT)}
             command = [sys.executable, str(tmp_path / "stages.py"), raw, f"s3://{BUCKET}/{prefix}", vae]
             done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-3000:]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -20,35 +19,22 @@ from safetensors.torch import save_file
 
 from model.checkpoints import load_sd3_transformer
 from model.dit.swin_mmdit import TINY
-from model.text_encoders import TINY_ENCODERS
-from pipeline.data import precompute
-from pipeline.data.cropping import Bucket
 from pipeline.store import storage
 from pipeline.training.runs import train_dit, trainer
 from pipeline.training.samples import latent_reader, sample_order
 from pipeline.training.samples.batch import collate, training_sample
 from pipeline.weights import weights_folder
-from tests.helpers.data_root import make_data_root
 from tests.helpers.processes import kill_tree
-from tests.helpers.tiny_models import DIT, save_vae
+from tests.helpers.tiny_models import DIT
 from tests.model.dit.test_swin_mmdit import sd3_transformer
 
 ROOT = Path(__file__).resolve().parents[4]
 MODEL = dataclasses.replace(DIT, text_dim=64, pooled_dim=48)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory, local_ray) -> str:
-    """Latents of three clips in two buckets, by a random autoencoder."""
-    folder = tmp_path_factory.mktemp("data")
-    url = make_data_root(folder, ["cup.mp4", "fig.jpg"], ["box.mp4", "cat.jpg"])
-    vae = save_vae(tmp_path_factory.mktemp("vae"))
-    precompute.run(
-        precompute.PrecomputeConfig(
-            data=url, vae=vae, text=TINY_ENCODERS, buckets=[Bucket(1, 64, 64), Bucket(5, 64, 64)], variants=3
-        )
-    )
-    return url
+@pytest.fixture
+def data(latents_root) -> str:
+    return latents_root
 
 
 def stage_config(name: str, steps: int, buckets: list[str]) -> train_dit.StageConfig:
@@ -210,7 +196,7 @@ def test_killed_training_goes_on_from_its_last_checkpoint_with_equal_losses(data
     output = tmp_path / "killed"
     arguments = ["--config", str(file), "--data", data, "--output", f"file://{output}"]
     command = [sys.executable, "-m", "jobs.train_dit", *arguments]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment = settings.without_ray()
 
     def start() -> subprocess.Popen:
         return subprocess.Popen(

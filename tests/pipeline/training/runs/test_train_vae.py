@@ -1,7 +1,6 @@
 """The autoencoder's training: real jobs of two gloo workers, and the same training in plain torch."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from pipeline.training.state.deepspeed_adapter import fragments
 from pipeline.training.state.step_guard import FaultConfig, step_guards
 from pipeline.video import pixel_range
 from pipeline.weights import lpips_weights, weights_folder
+from tests import settings
 from tests.helpers.data_root import make_data_root
 from tests.helpers.processes import kill_tree
 from tests.helpers.ranks import process_group
@@ -255,7 +255,7 @@ def test_killed_training_goes_on_with_equal_losses_of_both_networks(data, tmp_pa
     file.write_text(
         yaml.safe_dump(plain_values({**dataclasses.asdict(config), "output": f"file://{output}"}))
     )
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment = settings.without_ray()
 
     def start() -> subprocess.Popen:
         command = [sys.executable, "-m", "jobs.train_vae", "--config", str(file)]

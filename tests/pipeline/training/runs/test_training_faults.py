@@ -15,15 +15,11 @@ import numpy as np
 import psutil
 import pytest
 
-from model.text_encoders import TINY_ENCODERS
-from pipeline.data import precompute
-from pipeline.data.cropping import Bucket
 from pipeline.store import storage
 from pipeline.training.runs import train_dit, trainer
 from pipeline.training.state import checkpoint
-from tests.helpers.data_root import make_data_root
 from tests.helpers.ray_cluster import driver_environment, new_node, one_node_cluster
-from tests.helpers.tiny_models import DIT, save_vae
+from tests.helpers.tiny_models import DIT
 
 ROOT = Path(__file__).resolve().parents[4]
 STEPS = 30
@@ -48,7 +44,7 @@ class Training:
                 **driver_environment(),
                 "RAY_DEDUP_LOGS": "0",
                 # Ray Train may ask for a lost node's core before it knows of the loss, and waits a minute.
-                "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "40",
+                "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -109,22 +105,10 @@ def trainings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory, local_ray) -> train_dit.TrainDitConfig:
+def base(tmp_path_factory, latents_root) -> train_dit.TrainDitConfig:
     """The undisturbed run's config."""
-    folder = tmp_path_factory.mktemp("data")
-    url = make_data_root(folder, ["cup.mp4", "fig.jpg"], ["box.mp4", "cat.jpg"])
-    buckets = [Bucket(1, 64, 64), Bucket(5, 64, 64)]
-    precompute.run(
-        precompute.PrecomputeConfig(
-            data=url,
-            vae=save_vae(folder / "vae"),
-            text=TINY_ENCODERS,
-            buckets=buckets,
-            variants=3,
-        )
-    )
     return train_dit.TrainDitConfig(
-        data=url,
+        data=latents_root,
         output=f"file://{tmp_path_factory.mktemp('whole')}",
         model=dataclasses.replace(DIT, text_dim=64, pooled_dim=48),
         stages=[

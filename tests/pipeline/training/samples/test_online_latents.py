@@ -10,6 +10,7 @@ from pipeline.data import precompute
 from pipeline.data.cropping import Bucket
 from pipeline.data.kept_clips import KeptClips
 from pipeline.data.precompute import SampleConfig
+from pipeline.data.sample_pixels import prepare_sample
 from pipeline.runtime import stage
 from pipeline.store import schema, storage
 from pipeline.training.runs import train_dit
@@ -42,7 +43,7 @@ def roots(tmp_path_factory) -> tuple[str, str, SampleConfig]:
         patch.setattr(
             precompute.EncodeShard,
             "_prepared",
-            lambda self, planned: ((one, precompute.prepare_sample(one, self.config)) for one in planned),
+            lambda self, planned: ((one, prepare_sample(one, self.config.pixels)) for one in planned),
         )
         kept, folder = KeptClips(urls[0]), storage.join(urls[0], schema.LATENTS)
         precompute._make(stored, kept, folder, stage.Summary("precompute"))
