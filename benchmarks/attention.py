@@ -1,4 +1,4 @@
-"""What window attention saves: one Swin-MMDiT layer at the paper's width against its alternatives.
+"""Savings of window attention: one Swin-MMDiT layer at the paper's width against its alternatives.
 
     python -m benchmarks.attention                  (about 10 minutes on 2 cores; nothing else should run)
     python -m benchmarks.attention --only vs_full   (or vs_masked_swin, vs_flex, peak_share, table3)
@@ -305,8 +305,11 @@ def product_rate(width: int, hidden: int) -> float:
 def share_of_product_rate(
     call: Callable[[], Any], counted: float, repeats: int, width: int = WIDTH, hidden: int = 4 * WIDTH
 ) -> tuple[float, list[float]]:
-    """(median share, product rates). A shared machine's speed changes by the minute: each run is set against
-    the products just before and just after it, not against the best minute's."""
+    """Median share of the peak, and the product rates behind it.
+
+    The speed of a shared machine changes by the minute, so each run is compared with the products timed just
+    before and just after it, not with those of the best minute.
+    """
     shares, rates = [], [product_rate(width, hidden)]
     for _ in range(repeats):
         seconds, _ = measure(call)
@@ -379,7 +382,7 @@ def vs_flex() -> dict[str, Any]:
 
 
 def check_equal(layer: Layer, masks: list[Tensor]) -> None:
-    """Both ways give the video the same attention: else the comparison would mean nothing."""
+    """Check that both ways give the video the same attention; otherwise the comparison would mean nothing."""
     heads = 2
     qkv = [torch.randn(len(layer.x), heads, HEAD_DIM) for _ in range(3)]
     text = [torch.randn(layer.text_tokens, heads, HEAD_DIM) for _ in range(3)]
@@ -392,7 +395,7 @@ def check_equal(layer: Layer, masks: list[Tensor]) -> None:
 
 
 def peak_share() -> dict[str, Any]:
-    """(d) How near to the matrix product's speed, mean of a regular and a shifted layer."""
+    """Measure (d), the share of matrix products' speed, as the mean of a regular and a shifted layer."""
     forward, train, rates = [], [], []
     for shifted in (False, True):
         layer = Layer(GRID, WINDOW, shifted)

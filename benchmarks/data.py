@@ -1,4 +1,4 @@
-"""What the data stages cost beside the work that nobody can avoid: decoding, the autoencoder.
+"""Cost of the data stages relative to the work that nobody can avoid: decoding, the autoencoder.
 
     python -m benchmarks.data                 (about 20 minutes on 2 cores; nothing else should run)
     python -m benchmarks.data --only KEY ...  (some of the numbers; the others stay as they were)
@@ -161,8 +161,10 @@ def vae_share(clips: list[dict[str, Any]], samples: int) -> dict[str, float]:
 
 
 def steady_seconds_a_shard(folder: Path) -> tuple[float, float]:
-    """(seconds a shard, minutes that this was measured over), from the times of the files: without the first
-    and last twentieth, since start-up and tail do not count."""
+    """Seconds per shard, and the minutes over which they were measured, from the files' times.
+
+    The first and the last twentieth are left out, since start-up and tail do not count.
+    """
     times = sorted(path.stat().st_mtime for path in folder.glob("part-*.parquet"))
     skip = max(1, len(times) // 20)
     seconds = times[-1 - skip] - times[skip]
@@ -196,8 +198,10 @@ def filter_shards(clips: list[dict[str, Any]], copies: int, rival: str) -> tuple
 
 
 def ray_overhead(clips: list[dict[str, Any]], minutes: float) -> dict[str, float]:
-    """The filter's shards under Ray for so many minutes, and in a pool before and after for a quarter of it
-    each: a machine that becomes slower meanwhile then counts for neither."""
+    """Seconds per shard under Ray for so many minutes, and in a pool before and after it.
+
+    The pool runs for a quarter of that time each. A machine that slows down meanwhile then favours neither.
+    """
     one = FilterConfig(data="/none", thresholds={})
     filter_stage.score_clips(clips[:1], one)  # starts the decoding process
     pass_s = timed(lambda: filter_stage.score_clips(clips, one)) / _PROCESSES

@@ -96,7 +96,7 @@ def describe(operation: Any) -> str:
 
 
 def measure_ours(clip_path: str, drawn_path: str) -> None:
-    """This project's side, in its own process: prints its report."""
+    """Run our side in a process of its own and print its report."""
     cv2.setNumThreads(1)
     clip = np.load(clip_path)
     drawn = json.loads(Path(drawn_path).read_text())

@@ -1,4 +1,4 @@
-"""What the kernel says of a process's memory."""
+"""The kernel's figures on a process's memory."""
 
 from pathlib import Path
 
@@ -13,6 +13,6 @@ def status_bytes(name: str, pid: int | str = "self") -> int:
 
 
 def reset_peak(pid: int | str = "self") -> int:
-    """Resident bytes now; the kernel's own peak starts anew, so that no sampling misses it."""
+    """Resident bytes now; also resets the kernel's own peak, which no sampling could miss."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
     return status_bytes("VmRSS", pid)

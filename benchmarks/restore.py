@@ -1,4 +1,4 @@
-"""Where restoring spends its time, and that its memory does not grow with the length of the video.
+"""How restoring spends its time, and whether its memory grows with the length of the video.
 
     python -m benchmarks.restore                 (about 20 minutes on 2 cores; nothing else should run)
     python -m benchmarks.restore --only speed    (or ratio, growth: the others stay as they were measured)
@@ -76,11 +76,13 @@ def make_clip(path: Path, frames: int, size: tuple[int, int]) -> None:
 
 
 class MemoryRise:
-    """The most that this process and its children grow while it is open: in PSS, looked at twenty times a
-    second, and as the sum of each one's own peak of resident memory, which the kernel keeps.
+    """Peak growth of this process and its children while it is open.
+
+    Measured as PSS, sampled twenty times a second, and as the sum of each process's own peak of resident
+    memory, which the kernel keeps.
 
     The share of the networks' libraries that counts as this process's own moves PSS by a hundred MiB when
-    other processes that use them come and go, and looking misses peaks, more of them in a short run.
+    other processes that use them come and go, and sampling misses peaks, more of them in a short run.
     """
 
     def __init__(self) -> None:

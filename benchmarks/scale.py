@@ -3,7 +3,7 @@
     python -m benchmarks.scale            (about 20 minutes on 2 cores, 2 GB of disk; prints a table)
 
 Synthetic manifest, clips/ and scores/ (50 clips a source, 20% error rows, some rejected by thresholds, some
-twins, 3 buckets) go through ingest's listing, filter's thresholding and precompute's planning, each in a
+duplicates, 3 buckets) go through ingest's listing, filter's thresholding and precompute's planning, each in a
 process of its own whose peak memory is read at its end. At the largest size the planning is killed half way
 and run again. Writes out/bench/scale.json and the curve, scale.png.
 """
@@ -50,7 +50,7 @@ def clips_and_scores(first: int, count: int) -> tuple[pa.Table, pa.Table]:
     source = numbers // CLIPS_A_SOURCE
     image = source % 10 == 0
     broken = draw.random(count) < 0.2
-    # A tenth of the clips have a twin elsewhere.
+    # A tenth of the clips have a duplicate in another source.
     hashed = np.where(draw.random(count) < 0.1, numbers % 100_000, numbers)
     columns: dict[str, list[Any]] = {
         "clip_id": ids,

@@ -24,8 +24,11 @@ ROUNDS = 2
 
 
 def measure_all(rounds: int) -> dict[tuple[Grid, bool], tuple[float, float]]:
-    """(grid, shifted) -> (best seconds, peak GiB). Sizes take turns, repeats are not in a row: a shared
-    machine's speed changes by the minute."""
+    """Best seconds and peak GiB of every (grid, shifted).
+
+    The sizes take turns instead of repeating in a row, since the speed of a shared machine changes by the
+    minute.
+    """
     best: dict[tuple[Grid, bool], tuple[float, float]] = {}
     for key in [(grid, shifted) for _ in range(rounds) for grid in GRIDS for shifted in (False, True)]:
         layer = Layer(key[0], WINDOW, key[1])

@@ -1,4 +1,4 @@
-"""What the training system saves and what it costs.
+"""Savings and costs of the training system.
 
     python -m benchmarks.training                   (7 to 25 minutes on 2 cores; nothing else should run)
     python -m benchmarks.training --only packing    (or online, wait, readers, peak: the others stay)
@@ -210,7 +210,7 @@ def layers_like_encode(sources: Sources) -> int:
 
 
 def online(short: bool) -> dict[str, Any]:
-    """(a)"""
+    """Measure (a), precomputed against online latents."""
     sources = Sources(4 if short else 40)
     one_to_one = dataclasses.replace(WIDE, num_layers=layers_like_encode(sources))
     found = {
@@ -228,7 +228,7 @@ def online(short: bool) -> dict[str, Any]:
 
 
 def wait(short: bool) -> dict[str, Any]:
-    """(b) Two workers of one core each, on samples with text of SD3's widths."""
+    """Measure (b) with two workers of one core each, on samples with text of SD3's widths."""
     steps = 4 if short else 40
     model = dataclasses.replace(SD3_MEDIUM, num_layers=4, num_heads=4)
     with tempfile.TemporaryDirectory() as folder:
@@ -259,7 +259,7 @@ def wait(short: bool) -> dict[str, Any]:
 
 
 def peak(short: bool) -> dict[str, Any]:
-    """(e) Two layers of the paper's width on a pack of a video and two images, 154 text tokens each."""
+    """Measure (e): two layers of the paper's width on a video and two images, 154 text tokens each."""
     config = dataclasses.replace(SD3_MEDIUM, num_layers=2)
     learner = Learner(config)
     average = [parameter.detach().clone() for parameter in learner.model.parameters()]
@@ -292,14 +292,14 @@ def peak(short: bool) -> dict[str, Any]:
 
 
 def packing(short: bool) -> dict[str, Any]:
-    """(c)"""
+    """Measure (c), ways to make batches."""
     found = training_packing.run(short)
     ratios = {"packed_vs_padded": found["ratio_padded"], "packed_vs_bucketed": found["ratio_bucketed"]}
     return {**ratios, "packing": found}
 
 
 def readers(short: bool) -> dict[str, Any]:
-    """(d) The folder is where OPENSEEDVR_BENCH_DIR says, for those whose /tmp is memory."""
+    """Measure (d) in the folder OPENSEEDVR_BENCH_DIR, for machines whose /tmp is memory."""
     with tempfile.TemporaryDirectory(dir=os.environ.get("OPENSEEDVR_BENCH_DIR")) as folder:
         found = training_readers.run(folder, short)
     least = found["ratio_least"]

@@ -170,7 +170,10 @@ def torch_loader(url: str, count: int, epoch: int) -> Iterator[Sample]:
 
 
 def decode_pt(sample: dict[str, Any]) -> Sample:
-    """A member of a tar as a sample. (Here, so that a worker that unpickles it can read from S3 too.)"""
+    """Turn a member of a tar into a sample.
+
+    It is a function of this module so that a worker that unpickles it can read from S3 too.
+    """
     return used(torch.load(io.BytesIO(sample["pt"])))
 
 

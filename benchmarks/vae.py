@@ -1,4 +1,4 @@
-"""The autoencoder on this machine: speed, how near the convolutions are to its matrix products, memory.
+"""The autoencoder on this machine: speed, its convolutions' share of matrix products' speed, memory.
 
     python -m benchmarks.vae                        (about 15 minutes on 2 cores; nothing else should run)
     python -m benchmarks.vae --only speed           (or layers, memory, cogvideox)
@@ -111,8 +111,11 @@ def flops_of(network: nn.Module, call: Callable[[], Any]) -> float:
 
 
 def compare_with_products(call: Callable[[], Any], counted: float, repeats: int) -> tuple[float, float]:
-    """(best seconds, median share of the product rate). The speed of a shared machine changes by the minute:
-    each run is set against the products just before and just after it."""
+    """Best seconds, and the median share of the product rate.
+
+    The speed of a shared machine changes by the minute, so each run is compared with the products timed just
+    before and just after it.
+    """
     before, shares, times = product_rate(), [], []
     for _ in range(repeats):
         times.append(seconds_of(call))

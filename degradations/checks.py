@@ -8,7 +8,7 @@ Range = tuple[float, float]
 def check_probability(name: str, value: float) -> None:
     """ValueError unless `value` is from 0 to 1."""
     if not 0 <= value <= 1:
-        raise ValueError(f"{name}: {value} is no probability (0 to 1)")
+        raise ValueError(f"{name}: {value} is not a probability (0 to 1)")
 
 
 def check_distribution(name: str, weights: dict[str, float], allowed: tuple[str, ...]) -> None:

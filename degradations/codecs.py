@@ -1,7 +1,7 @@
-"""A clip through a video codec at a wanted number of bits per pixel, and back.
+"""Passing a clip through a video codec at a target number of bits per pixel, and back.
 
-The encoder and the decoder run in memory, with one thread each, and without a container: so the
-bytes depend on the frames and the parameters alone, and no muxer drops frames.
+Encoder and decoder run in memory, with one thread each and without a container, so that the bytes depend only
+on the frames and the parameters, and no muxer drops frames.
 """
 
 from dataclasses import dataclass
@@ -36,14 +36,14 @@ _OPTIONS: dict[str, dict[str, str]] = {
     "mpeg2video": {},
 }
 
-# What each encoder is asked for, relative to the target, so that the first encode of a short noisy
+# Rate requested of each encoder, relative to the target, with which the first encode of a short noisy
 # clip comes close (measured at 21 frames, 256x256 and 1280x720, 0.3 to 1 bit a pixel).
 _FIRST_REQUEST = {"libx264": 0.7, "libx265": 0.6, "libvpx-vp9": 0.8}
 
-# What MPEG-2 and MPEG-4 may be told.
+# Range of quantisers of MPEG-2 and MPEG-4.
 _QUANTISERS = (2.0, 31.0)
 
-# A first encode within this factor of the target stays; otherwise there is one corrective encode.
+# A first encode within this factor of the target is kept; otherwise there is one corrective encode.
 _GOOD_ENOUGH = 1.25
 
 # x265 refuses pictures below 64 pixels a side at some settings; the old codecs code 16x16 blocks anyway.
@@ -56,12 +56,12 @@ _MPEG2_RATES += [Fraction(rate, 1001) for rate in (24000, 30000, 60000)]
 
 @dataclass(frozen=True)
 class Recompressed:
-    """A clip after its codec."""
+    """A clip after it passed through a codec."""
 
     frames: list[np.ndarray]
     """As many frames as went in, (H, W, 3) uint8 each, all of the first one's size."""
     bits_per_pixel: float
-    """What the encoder spent, over all frames and true pixels."""
+    """Bits that the encoder spent, over all frames and true pixels."""
     encodes: int
     """1, or 2 if the first one missed the target."""
 
@@ -69,10 +69,10 @@ class Recompressed:
 def recompress(frames: list[np.ndarray], encoder: Encoder, bits_per_pixel: float, fps: float) -> Recompressed:
     """Encode and decode `frames` ((H, W, 3) uint8 RGB) in 4:2:0 at about `bits_per_pixel`.
 
-    Frames of another size than the first are brought to its size, as a player does. Odd sizes are
-    padded for the encoder and cropped again. Where the decoder gives fewer frames than went in,
-    the one before is shown longer. Short clips at low rates overshoot: an encoder's first frame
-    costs what it costs. ValueError where this FFmpeg lacks the codec or fails at it.
+    Frames of another size than the first are resized to it, as a player does. Odd sizes are padded for the
+    encoder and cropped again. Where the decoder returns fewer frames than went in, the frame before is
+    repeated. Short clips overshoot low rates, since an encoder's first frame has a minimum cost. Raises
+    ValueError if this FFmpeg lacks the codec or fails.
     """
     if not bits_per_pixel > 0 or not fps > 0:
         raise ValueError(f"bits_per_pixel, fps: {bits_per_pixel}, {fps}: both must be above 0")
@@ -115,8 +115,10 @@ def _recompress(
 
 
 def _require(encoder: Encoder) -> None:
-    """A clear error where this FFmpeg lacks a codec: leaving it out of the draw would make a row
-    depend on the machine it was made on."""
+    """Raise a clear error if this FFmpeg lacks a codec.
+
+    Leaving the codec out of the draw instead would make a row depend on the machine that made it.
+    """
     if encoder not in _DECODERS:
         raise ValueError(f"encoder: {encoder!r} is none of {', '.join(_DECODERS)}")
     for name, mode in ((encoder, "w"), (_DECODERS[encoder], "r")):

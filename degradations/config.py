@@ -12,7 +12,7 @@ from degradations.operations import BlurConfig, CodecConfig, JpegConfig, NoiseCo
 from degradations.operations.protocol import OperationConfig
 
 PI = 3.1416
-"""RealBasicVSR's pi."""
+"""The value of pi in RealBasicVSR's configuration."""
 
 
 @dataclass(frozen=True)
@@ -23,21 +23,33 @@ class OrderConfig:
     """
 
     blur: BlurConfig | None
+    """Blur, the first operation of a pass; null leaves it out."""
     resize: ResizeConfig | None
+    """Resizing, which follows the blur; null leaves it out."""
     noise: NoiseConfig | None
+    """Noise, which follows the resizing; null leaves it out."""
     jpeg: JpegConfig | None
+    """JPEG compression, which follows the noise; null leaves it out."""
     codec: CodecConfig | None
+    """Video compression of the whole clip, the last operation of a pass; null leaves it out, and images
+    always skip it."""
 
 
 @dataclass(frozen=True)
 class EndConfig:
-    """The end: {resize to HQ / shrink, then a sinc filter} and {JPEG or codec} in random order."""
+    """The end: {resize to HQ / shrink, then a sinc filter} and {JPEG or codec}, in random order."""
 
     shrink: int
-    """LQ is made this many times smaller than HQ (and brought back to HQ's size as the very last step)"""
+    """Factor by which the low-quality clip is made smaller than the high-quality one, before the very last
+    step enlarges it to the same size again."""
     sinc: BlurConfig
+    """The sinc filter that follows the shrinking."""
     jpeg: JpegConfig | None
+    """JPEG compression, in random order with shrinking and filtering; null leaves it out, and only one of
+    `jpeg` and `codec` may be set."""
     codec: CodecConfig | None
+    """Video compression, in random order with shrinking and filtering; null leaves it out, and only one of
+    `jpeg` and `codec` may be set."""
 
     def __post_init__(self) -> None:
         if self.shrink < 1:
@@ -48,19 +60,21 @@ class EndConfig:
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """A recipe: what may be drawn for a clip."""
+    """A degradation recipe: the operations and parameters that may be drawn for a clip."""
 
     first: OrderConfig
-    """First order"""
+    """The first pass of blur, resizing, noise and compression."""
     second: OrderConfig | None
-    """Second order; null for none"""
+    """The second pass of blur, resizing, noise and compression; null leaves it out."""
     end: EndConfig | None
-    """The end; null for none"""
+    """The final shrinking, sinc filter and compression; null leaves them out."""
     sharpen_truth: bool
-    """Sharpen the truth by an unsharp mask: LQ is made from the sharpened HQ, which is the target too"""
+    """Whether the high-quality clip is first sharpened by an unsharp mask: the low-quality clip is then made
+    from the sharpened one, which is also the training target."""
     time: TimeMode = "walk"
-    """How values move from frame to frame: a random walk within bounds (RealBasicVSR), not at all, or each
-    frame afresh, kinds included (STAR). Which operations happen, their order and the codec stay the clip's"""
+    """How drawn values change from frame to frame: walk is a random walk within their ranges (RealBasicVSR),
+    constant keeps them, independent draws each frame afresh, kernel families and other kinds included (STAR).
+    Which operations happen, their order and the video codec are always the same for a whole clip."""
 
     def __post_init__(self) -> None:
         if self.time not in get_args(TimeMode):
@@ -68,7 +82,8 @@ class RecipeConfig:
 
     def settings(self) -> dict[str, Any]:
         """As JSON, for fingerprints: without operations that are null by default, so that a degradation added
-        later changes nothing about recipes which do not have it."""
+        later changes nothing about recipes which do not have it.
+        """
         record = asdict(self)
         for name in ("first", "second"):
             order = getattr(self, name)
@@ -155,4 +170,4 @@ LIGHT = RecipeConfig(
     end=None,
     sharpen_truth=False,
 )
-"""For nearly clean inputs: one order, mild, and the five codecs of today's files. Our own choice."""
+"""For nearly clean inputs: a single mild pass with five current codecs. This recipe is our own."""

@@ -10,7 +10,7 @@ TimeMode = Literal["walk", "constant", "independent"]
 K = TypeVar("K")
 
 MIN_SIDE_PX = 4
-"""No resize goes below this: 16x16 through Real-ESRGAN's factors would end at 1x1."""
+"""Smallest side after a resize; with Real-ESRGAN's factors a frame of 16x16 would end at 1x1."""
 
 
 class ClipDraws:
@@ -51,12 +51,12 @@ class ClipDraws:
         return tuple(self.drawn(probabilities) for _ in range(count)) * (self.num_frames // count)
 
     def drawn(self, probabilities: Mapping[K, float]) -> K:
-        """One of the kinds, in whatever order they are named: a file may sort them."""
+        """Draw one of the kinds, whatever the order in which they are listed: a file may sort them."""
         kinds = sorted(probabilities, key=str)
         return self.random.choices(kinds, [probabilities[kind] for kind in kinds])[0]
 
     def by_kind(self, kinds: tuple[K, ...], number: Callable[[K], tuple[float, ...]]) -> tuple[float, ...]:
-        """Values whose law depends on the frame's kind: each kind's series, read at its own frames."""
+        """Values whose range depends on the frame's kind: one series per kind, read at its own frames."""
         series = {kind: number(kind) for kind in dict.fromkeys(kinds)}
         return tuple(series[kind][index] for index, kind in enumerate(kinds))
 

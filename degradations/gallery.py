@@ -1,7 +1,7 @@
 """A page that shows what the degradations do: `python -m degradations.gallery CLIP OUT.html`.
 
 Each operation at low, middle and high strength as pictures; nine draws of each recipe as short
-playable clips, the truth beside them. All is inside the one file. `--pictures FOLDER` also writes
+playable clips, next to the truth. Everything is inside the one file. `--pictures FOLDER` also writes
 the sheets that the documentation shows.
 """
 

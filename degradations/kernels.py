@@ -15,8 +15,8 @@ KernelKind = Literal[
     "iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso", "sinc"
 ]
 
-# What may be left out of a kernel, as a sum of absolute weights: at worst 255 times this, 2.6 grey levels,
-# in practice 0.1 on average.
+# Largest sum of absolute weights that may be left out of a kernel: an error of at worst 255 times this, 2.6
+# grey levels, and in practice 0.1 on average.
 TOLERANCE = 0.01
 
 
@@ -123,8 +123,10 @@ def _plan(
     beta: float,
     omega_rad: float,
 ) -> Separated:
-    """The kernel, trimmed and separated. A blur that does not move in time asks for the same one at each
-    frame, hence the cache."""
+    """The kernel, trimmed and separated.
+
+    Cached, because a blur that does not change over time asks for the same kernel at every frame.
+    """
     kernel = make_kernel(kind, size_px, sigma_x_px, sigma_y_px, rotation_rad, beta, omega_rad)
     return _separate(_trim(kernel, TOLERANCE / 2), TOLERANCE / 2)
 

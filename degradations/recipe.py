@@ -1,8 +1,8 @@
-"""Drawing a degradation and applying it: two steps, since what was drawn is a value worth keeping.
+"""Drawing a degradation and applying it, in two steps, so that what was drawn can be stored.
 
-`draw(config, seed, shape, fps)` gives every parameter of every frame; `apply(degradation, frames)`
-gives the LQ clip, the same bytes each time with the same library versions. A `Degradation` goes to JSON
-and back unchanged.
+`draw(config, seed, shape, fps)` yields every parameter of every frame; `apply(degradation, frames)` returns
+the LQ clip, with the same bytes each time for the same library versions. A `Degradation` survives a round
+trip through JSON unchanged.
 """
 
 import json
@@ -38,7 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Degradation:
-    """All that will happen to one clip."""
+    """Everything that will happen to one clip."""
 
     shape: tuple[int, int, int]
     """(T, H, W) of the clip it was drawn for; it applies to no other"""
@@ -87,15 +87,15 @@ def draw(config: RecipeConfig, seed: int, shape: tuple[int, int, int], fps: floa
     """Everything that will happen to a clip of `shape` (T, H, W) at `fps`, by `seed` alone.
 
     A clip of one frame gets no video codec. Cheap: about a millisecond for 21 frames. ValueError for a
-    seed that is no whole number from 0 up, a shape of other than three lengths of 1 or more, or a rate that
-    is not above 0.
+    seed that is not a whole number of at least 0, a shape that is not three lengths of at least 1, or a rate
+    that is not above 0.
     """
     num_frames, height, width = _checked_shape(shape)
     if not isinstance(seed, Integral) or int(seed) < 0:
         raise ValueError(f"seed: {seed!r} must be a whole number, 0 or more")
     if num_frames > 1 and (not isinstance(fps, Real) or not 0 < float(fps) < math.inf):
         raise ValueError(f"fps: {fps!r} must be a number above 0 for a clip of {num_frames} frames")
-    fps = float(fps) if num_frames > 1 else 0.0  # fractions and numpy's numbers are no JSON
+    fps = float(fps) if num_frames > 1 else 0.0  # JSON knows neither fractions nor numpy's numbers
     shrink = config.end.shrink if config.end is not None else 1
     clip = ClipDraws(config.time, (num_frames, height, width), fps, int(seed), shrink)
     operations: list[Operation] = []
@@ -181,7 +181,7 @@ def to_json(degradation: Degradation) -> str:
 
 
 def from_json(text: str) -> Degradation:
-    """What `to_json` wrote, equal to the original."""
+    """Read what `to_json` wrote; the result equals the original."""
     try:
         record = json.loads(text)
         shape = _checked_shape(record["shape"])

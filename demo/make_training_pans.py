@@ -1,10 +1,10 @@
-"""Short clips from the demo's training photographs: the few videos alone are soon known by heart.
+"""Short clips from the demo's training photographs, since its few videos alone are soon memorised.
 
     python -m demo.make_training_pans --out FOLDER
 
-A window moves over each photograph by whole pixels, so nothing is resampled; the clips are lossless. Beside
-the files of demo/media they are what configs/small/train_dit_more.yaml trains on. Held-out photographs are
-no part of them.
+A window moves over each photograph by whole pixels, so nothing is resampled; the clips are lossless. Together
+with the files of demo/media they are the training data of configs/small/train_dit_more.yaml. Held-out
+photographs are excluded.
 """
 
 import argparse

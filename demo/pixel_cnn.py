@@ -1,10 +1,10 @@
-"""A small convolutional network on pixels, the plain way to restore: `demo.table` shows it beside ours.
+"""A small convolutional network on pixels, the simplest learned baseline: `demo.table` compares it with ours.
 
     python -m demo.pixel_cnn --data file:///data/run --minutes 60 --output file:///data/cnn
 
 trains it on the samples that configs/small/precompute.yaml plans of a data root, as pixels: the clips, crops
-and degradations of the small transformer. It sees three frames and corrects the middle one; the colour fix
-of restore comes after it.
+and degradations of the small transformer. It sees three frames and corrects the middle one; restore's colour
+fix follows.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def _middle(network: PixelCNN, window: list[Tensor]) -> np.ndarray:
     height, width = window[0].shape[-2:]
     even = F.pad(torch.stack(window), (0, width % SHUFFLE, 0, height % SHUFFLE), mode="replicate")
     corrected = network(even[None])[..., :height, :width]
-    fixed = preprocess.wavelet_colour_fix(corrected, window[1][None])[0]  # linear: 0 to 1 will do
+    fixed = preprocess.wavelet_colour_fix(corrected, window[1][None])[0]  # linear, so 0 to 1 works
     return (fixed.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
@@ -153,7 +153,7 @@ def crops(
 
 
 def time_share(minutes: float) -> Callable[[int], float]:
-    """For `train`: how much of so many minutes, from now on, is over."""
+    """A function for `train`: the share of the given minutes, counted from now, that has passed."""
     start = time.monotonic()
     return lambda step: (time.monotonic() - start) / (60 * minutes)
 

@@ -1,6 +1,6 @@
-"""One static page of what a run did: tables, curves and pictures, readable from a folder without a server.
+"""Static page about a run: tables, curves and pictures, readable from a folder without a server.
 
-Nothing here computes anything: numbers come as a summary, pictures as files that are already in the folder.
+Nothing is computed here: numbers come as a summary, pictures as files that are already in the folder.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ CEILING = "VAE(truth)"
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A file in report_files/ and the words that stand for it."""
+    """A file in report_files/ and its alternative text."""
 
     file: str
     caption: str
@@ -28,7 +28,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One restored clip: the same frame of each version; one that is missing is left out."""
+    """One restored clip: the same frame in each version; missing versions are left out."""
 
     name: str
     note: str
@@ -38,7 +38,7 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """Everything that the page shows beside numbers."""
+    """Everything that the page shows besides numbers."""
 
     scores: list[Picture]
     pairs: list[Picture]

@@ -1,4 +1,4 @@
-"""What the demo leaves for a person: out/demo/summary.json and out/demo/report.html with its pictures."""
+"""The demo's results: out/demo/summary.json and out/demo/report.html with its pictures."""
 
 import json
 import os
@@ -169,7 +169,7 @@ def _restored_file(out: Path, file: str) -> Path | None:
 
 
 def _rebuilder(out: Path) -> Reconstruct | None:
-    """frames -> the last of them as the autoencoder makes it; None where no autoencoder was trained."""
+    """A function from frames to the last of them, reconstructed; None without a trained autoencoder."""
     folder = out / "data" / "weights" / "vae"
     if not (folder / weights_folder.CONFIG_FILE).exists():
         return None

@@ -1,7 +1,7 @@
 """The whole system once, on real clips, on this machine: `make demo`.
 
-Starts a Ray of its own, sends every stage through `ray job submit` as a user would, measures time and
-memory, and leaves out/demo/report.html and out/demo/summary.json. `--short` takes fewer clips and steps.
+Starts its own Ray, sends every stage through `ray job submit` as a user would, measures time and memory, and
+writes out/demo/report.html and out/demo/summary.json. `--short` takes fewer clips and steps.
 """
 
 import argparse
@@ -98,7 +98,7 @@ SHORT_DIT = (
 
 
 def prepare_input(out: Path, short: bool) -> None:
-    """The bundled clips, and one file that broke on its way, as such files are found everywhere."""
+    """The bundled clips, and one damaged file, as real collections contain them."""
     folder = out / "input"
     folder.mkdir(parents=True)
     names = SHORT_MEDIA if short else sorted(path.name for path in MEDIA.iterdir() if path.suffix != ".md")
@@ -108,7 +108,7 @@ def prepare_input(out: Path, short: bool) -> None:
 
 
 class MemoryWatch:
-    """The highest sum of PSS over all processes of the demo, sampled."""
+    """The highest sum of PSS over all processes of the demo, by sampling."""
 
     def __init__(self, ray: LocalRay) -> None:
         self.peak_bytes = 0
@@ -150,7 +150,7 @@ def submit(job: Job, ray: LocalRay, out: Path, short: bool) -> dict[str, Any]:
 
 
 def worth_showing(line: str) -> bool:
-    """Training's step lines, every tenth, the summaries, and errors; everything else is in the log."""
+    """Print every tenth of training's step lines, the summaries, and errors; the rest is in the log."""
     if " step " in line and "eta" in line:
         number = line.split(" step ")[1].split("/")[0]
         return number.endswith("0")

@@ -1,12 +1,12 @@
-"""How well the small models restore clips that they never saw, beside filters without weights: `make table`.
+"""How well the small models restore unseen clips, compared with filters without weights: `make table`.
 
     python -m demo.table                        (weights: demo/weights, with vae/ and dit/)
     python -m demo.table --weights FOLDER --recipes realbasicvsr --steps 1
 
 Makes the pairs of `demo.held_out` with `pipeline.evaluation.synthetic_pairs` (seed 0), restores the degraded
 ones, measures all with `pipeline.evaluation.evaluate`, and prints a table for each recipe. The filter to beat
-is the best of `baselines.GRID` on training clips degraded in the same way. All is kept below out/table;
-a second run makes the pairs and restored clips that are missing and measures again.
+is the best of `baselines.GRID` on training clips degraded in the same way. Everything is kept below
+out/table; a second run makes only the pairs and restored clips that are missing, and measures again.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def run_filters(made: Path, out: Path, best: str) -> dict[str, str]:
 
 
 def run_ours(made: Path, out: Path, folder: Path, steps: int) -> dict[str, str]:
-    """The same for our models with so many steps; otherwise as configs/demo/restore.yaml says."""
+    """The same for our models with a number of steps, otherwise configured like configs/demo/restore.yaml."""
     target = f"file://{out / f'restored_{steps}'}"
     arguments = [
         "--config",
@@ -125,7 +125,7 @@ def run_ours(made: Path, out: Path, folder: Path, steps: int) -> dict[str, str]:
 
 
 def run_cnn(made: Path, out: Path, folder: Path) -> dict[str, str]:
-    """The same for the small network on pixels, where its weights lie beside ours."""
+    """The same for the small network on pixels, if its weights are next to ours."""
     weights_url, target = f"file://{folder}/pixel_cnn", out / "pixel_cnn"
     if not (folder / "pixel_cnn").exists():
         return {}
@@ -152,8 +152,11 @@ def measured(made: Path, methods: dict[str, str], out: Path, vae: str | None) ->
 
 
 def by_shot(values: dict[str, float]) -> dict[str, Any]:
-    """Mean over clips, and the standard error by shot: clips of one shot are no independent samples, so it is
-    the deviation of the shots' means over the root of their number."""
+    """Mean over clips, with the standard error by shot.
+
+    Clips of one shot are not independent samples, so the standard error is the deviation of the shots' means
+    divided by the square root of their number.
+    """
     if not values:
         return dict(comparison_tables.NOTHING)
     shots: dict[str, list[float]] = {}
@@ -215,7 +218,7 @@ def _signed(entry: dict[str, Any], decimals: int) -> str:
 
 
 def verdict(rows: list[dict[str, Any]], ours: str, best: str) -> list[str]:
-    """Lines that hold one step against the bars."""
+    """Lines that compare one-step results with the bars."""
     lines = []
     for metric, bar in BARS.items():
         gain = gains(rows, ours, TITLES["none"], held_out.KINDS)[metric]

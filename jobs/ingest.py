@@ -3,7 +3,7 @@
     ray job submit --working-dir . -- python -m jobs.ingest --config configs/demo/ingest.yaml \
         --input file:///data/raw --output file:///data/root
 
-Running it again takes up where it was killed, and adds only the files that are new.
+Run again, it resumes where it was killed, and adds only files that are new.
 """
 
 from pipeline.data import ingest

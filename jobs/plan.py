@@ -1,4 +1,4 @@
-"""What a training of the transformer will take: memory by part, operations, hours and cost. Nothing is run.
+"""Estimate what training the transformer takes: memory by part, operations, hours and cost. Runs nothing.
 
 python -m jobs.plan --config configs/paper/train_dit.yaml
 

@@ -1,4 +1,4 @@
-"""Kept clips to text embeddings and HQ/LQ latents.
+"""Compute text embeddings and HQ/LQ latents of the kept clips.
 
 ray job submit --working-dir . -- python -m jobs.precompute --config configs/demo/precompute.yaml \\
     --data file:///data/run --vae file:///data/run/weights/vae

@@ -1,4 +1,4 @@
-"""A low-quality latent restored from noise: the one denoising loop, for whole videos and while training."""
+"""The one denoising loop, from noise to a restored latent, used for whole videos and in validation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from model import flow
 from model.dit.windows import Grid
 
 Network = Callable[[Tensor, Tensor, list[Grid], list[int], Tensor, Tensor | None], Tensor]
-"""(video, text, latent shapes, text lengths, times, pooled) -> velocity, as both transformers are called."""
+"""Maps (video, text, latent shapes, text lengths, times, pooled) to velocity, like both transformers."""
 
 
 @dataclass(frozen=True)

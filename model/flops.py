@@ -58,7 +58,7 @@ class ForwardFlops:
 def forward_flops(config: Config, shape: Grid, text_length: int) -> ForwardFlops:
     """Of one sample: shape (T, H, W) in latent pixels, H and W even; text_length in tokens.
 
-    Cached; the windows are counted once per shape. ValueError where a side is no multiple of the patch.
+    Cached; the windows are counted once per shape. ValueError if a side is not a multiple of the patch.
     """
     grid = patch_grids([shape], config.patch)[0]
     tokens, layers = math.prod(grid), range(config.num_layers)

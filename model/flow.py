@@ -74,7 +74,7 @@ def time_shift_factor(shape: Grid) -> float:
 
 
 def shift_time(time: Tensor, factor: Tensor | float) -> Tensor:
-    """t -> k t / (1 + (k - 1) t) on the scale 0..1000; 0 and 1000 stay."""
+    """Shift t to k t / (1 + (k - 1) t) on the scale 0..1000, which leaves 0 and 1000 in place."""
     fraction = time / MAX_TIME
     return MAX_TIME * factor * fraction / (1 + (factor - 1) * fraction)
 
@@ -110,7 +110,7 @@ def network_input(noisy: Tensor, condition: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TrainingDraws:
-    """What is drawn for one training step; with the data it gives the network's input and its target."""
+    """Everything drawn for one training step; with the data it gives the network's input and its target."""
 
     noise: Tensor
     """(rows, 16) the noise end of the path."""
@@ -119,7 +119,7 @@ class TrainingDraws:
     time: Tensor
     """(B,) in 0..1000."""
     condition_time: Tensor
-    """(B,) noise level of the condition; the network is not told."""
+    """(B,) noise level of the condition, which the network does not get."""
 
 
 def training_times(shapes: Sequence[Grid], generator: torch.Generator) -> Tensor:
@@ -178,7 +178,7 @@ def guide(positive: Tensor, negative: Tensor, scale: float, rescale: float = 0.0
 
 
 def guided_velocity(positive: Velocity, negative: Velocity, scale: float, rescale: float = 0.0) -> Velocity:
-    """The velocity to sample with: two calls of the network a step, or one where scale is 1."""
+    """The velocity to sample with: two calls of the network per step, or one if scale is 1."""
     if scale == 1.0:
         return positive
     return lambda x, time: guide(positive(x, time), negative(x, time), scale, rescale)

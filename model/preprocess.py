@@ -85,8 +85,10 @@ def wavelet_colour_fix(content: Tensor, style: Tensor) -> Tensor:
 
 
 def _low_frequencies(frame: Tensor) -> Tensor:
-    """Five a-trous blurs of (3, H, W): binomial over 3 x 3 taps which are 1, 2, 4, 8 and 16 pixels apart,
-    edges replicated."""
+    """Five a-trous blurs of (3, H, W).
+
+    Each is binomial over 3 x 3 taps, which are 1, 2, 4, 8 and 16 pixels apart; edges are replicated.
+    """
     for level in range(WAVELET_LEVELS):
         apart = 2**level
         for axis, sides in ((-2, (0, 0, apart, apart)), (-1, (apart, apart, 0, 0))):

@@ -35,11 +35,14 @@ class TextEncoderConfig:
     """
 
     clip_l: str
-    """CLIP-L as open_clip reads it"""
+    """CLIP-L as open_clip reads it: a Hugging Face id, an absolute folder that every node has, or the word
+    tiny for a small random encoder without a download."""
     clip_g: str
-    """OpenCLIP bigG as open_clip reads it"""
+    """OpenCLIP bigG as open_clip reads it: a Hugging Face id, an absolute folder that every node has, or the
+    word tiny for a small random encoder without a download."""
     t5: str
-    """T5 encoder with its tokenizer, as transformers reads it"""
+    """T5 encoder with its tokenizer as transformers reads it: a Hugging Face id, an absolute folder that
+    every node has, or the word tiny for a small random encoder without a download."""
 
 
 TINY_ENCODERS = TextEncoderConfig(clip_l=TINY, clip_g=TINY, t5=TINY)
@@ -91,7 +94,7 @@ def draw_drops(generator: torch.Generator) -> tuple[bool, bool, bool]:
 
 
 class TextEncoders:
-    """The three encoders, loaded once, frozen. fp32 on the CPU, bf16 on CUDA."""
+    """The three encoders, loaded once and frozen; fp32 on the CPU, bf16 on CUDA."""
 
     def __init__(self, config: TextEncoderConfig, device: torch.device | str | None = None) -> None:
         import open_clip  # takes seconds to import, in every worker, and only these encoders need it
@@ -134,7 +137,7 @@ class TextEncoders:
 
 
 def _clip_text_tower(name: str, tiny_width: int, seed: int) -> "TextTransformer":
-    """The text half of a CLIP."""
+    """The text tower of a CLIP."""
     import open_clip
     from open_clip.transformer import TextTransformer
 
@@ -145,7 +148,7 @@ def _clip_text_tower(name: str, tiny_width: int, seed: int) -> "TextTransformer"
                 context_length=CLIP_MAX_TOKENS, width=tiny_width, heads=2, layers=2, output_dim=tiny_width
             )
     source = f"local-dir:{name}" if Path(name).is_dir() else f"hf-hub:{name}"
-    # With the text as a module of its own, the picture half is not kept; weights are read as tensors only.
+    # With the text tower as its own module, the image tower is not kept; weights are read as tensors only.
     model = open_clip.create_model(source, force_custom_text=True, require_pretrained=True, weights_only=True)
     return model.text_encoders
 

@@ -30,8 +30,11 @@ def arguments(description: str | None) -> argparse.Namespace:
 def upscale_folder(
     source: Path, target: Path, scale: float, network: Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]
 ) -> None:
-    """Each file's frames through `network`, resized (area, cubic) to exactly `scale` times the input where
-    the network's own factor is another, written losslessly (.mkv, .png)."""
+    """Pass each file's frames through `network` and write the result losslessly (.mkv, .png).
+
+    A network whose own factor differs from `scale` has its result resized (area, cubic) to exactly `scale`
+    times the input.
+    """
     for file in sorted(source.rglob("*")):
         if file.suffix.lower() not in ENDINGS:
             continue

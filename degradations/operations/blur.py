@@ -47,37 +47,49 @@ class Blur:
 
 
 def _kernels() -> dict[str, float]:
-    """The six families at .45, .25, .12, .03, .12, .03 of the nine tenths that sinc leaves."""
+    """The six families with shares .45, .25, .12, .03, .12 and .03 of what sinc leaves, nine tenths."""
     shares = (0.405, 0.225, 0.108, 0.027, 0.108, 0.027, 0.1)
     return dict(zip(KERNEL_KINDS, shares, strict=True))
 
 
 @dataclass(frozen=True)
 class BlurConfig:
-    """Blur with a kernel of a drawn family."""
+    """Blur with a kernel from a randomly drawn family."""
 
     operations: ClassVar = (Blur,)
 
     sigma_px: Range
-    """Range of the two standard deviations, in pixels of the frame as it is at that point"""
+    """Range from which each of the kernel's two standard deviations is drawn, in pixels of the frame at the
+    point where it is blurred."""
     probability: float = 1.0
-    """How often a clip is blurred here"""
+    """Probability that a clip is blurred by this operation."""
     kernels: dict[str, float] = field(default_factory=_kernels)
-    """Probability of each family"""
+    """Probability of each kernel family (iso, aniso, generalized_iso, generalized_aniso, plateau_iso,
+    plateau_aniso, sinc); the values sum to 1."""
     sizes_px: tuple[int, ...] = (7, 9, 11, 13, 15, 17, 19, 21)
-    """Sides of the kernel, each as probable"""
+    """Kernel sides to draw from, in pixels; each is odd, at least 3 and equally probable."""
     beta_generalized: Range = (0.5, 4.0)
-    """Shape of the generalized Gaussians"""
+    """Range of the shape parameter of the generalized Gaussian kernels."""
     beta_plateau: Range = (1.0, 2.0)
-    """Shape of the plateaus"""
+    """Range of the shape parameter of the plateau kernels."""
     omega_rad: Range | None = None
-    """Cut-off of the sinc; null is [pi/3, pi] below size 13 and [pi/5, pi] from there"""
+    """Range of the sinc kernels' cut-off in radians per pixel; null means [pi/3, pi] for kernel sides below
+    13 and [pi/5, pi] from there on."""
     sigma_step_px: float = 0.02
-    """Largest change a frame of either sigma, when walking; likewise below"""
+    """Largest change of either standard deviation from one frame to the next, in pixels, when values walk
+    over time."""
     rotation_step_rad: float = 0.31416
+    """Largest change of the kernel's rotation from one frame to the next, in radians, when values walk over
+    time."""
     beta_generalized_step: float = 0.05
+    """Largest change of the generalized Gaussians' shape parameter from one frame to the next, when values
+    walk over time."""
     beta_plateau_step: float = 0.1
+    """Largest change of the plateau kernels' shape parameter from one frame to the next, when values walk
+    over time."""
     omega_step_rad: float = 0.0628
+    """Largest change of the sinc cut-off from one frame to the next, in radians per pixel, when values walk
+    over time."""
 
     def __post_init__(self) -> None:
         check_probability("blur.probability", self.probability)

@@ -13,7 +13,7 @@ from degradations.operations.protocol import Example
 
 @dataclass(frozen=True)
 class Jpeg:
-    """JPEG (libjpeg-turbo through OpenCV, 4:2:0) at a quality from 1 to 100, and back."""
+    """JPEG compression (libjpeg-turbo through OpenCV, 4:2:0) at a quality from 1 to 100, and decoding."""
 
     quality: tuple[int, ...]
 
@@ -33,14 +33,16 @@ class Jpeg:
 
 @dataclass(frozen=True)
 class JpegConfig:
-    """JPEG, frame by frame."""
+    """JPEG compression of each frame."""
 
     operations: ClassVar = (Jpeg,)
 
     quality: tuple[int, int]
+    """Lowest and highest JPEG quality to draw, each from 1 to 100."""
     probability: float = 1.0
-    """How often a clip is compressed here"""
+    """Probability that a clip is compressed by this operation."""
     quality_step: float = 3.0
+    """Largest change of the JPEG quality from one frame to the next, when values walk over time."""
 
     def __post_init__(self) -> None:
         check_probability("jpeg.probability", self.probability)

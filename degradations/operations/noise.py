@@ -46,10 +46,10 @@ class GaussianNoise:
 
 @dataclass(frozen=True)
 class PoissonNoise:
-    """Shot noise as Real-ESRGAN has it: `scale * (Poisson(v n) / n - v)` for a pixel v in [0, 1], where n is
-    the number of different grey levels in the frame, rounded up to a power of two.
+    """Shot noise as in Real-ESRGAN: `scale * (Poisson(v n) / n - v)` for a pixel v in [0, 1].
 
-    `grey` noise is drawn from the grey frame and added to the three channels.
+    Here n is the number of different grey levels in the frame, rounded up to a power of two. With `grey` the
+    noise is drawn from the grey frame and added to all three channels.
     """
 
     scale: tuple[float, ...]
@@ -81,16 +81,20 @@ class NoiseConfig:
     operations: ClassVar = (GaussianNoise, PoissonNoise)
 
     gaussian_sigma: Range
-    """Of 255"""
+    """Range of the Gaussian noise's standard deviation, in grey levels from 0 to 255."""
     poisson_scale: Range
+    """Range of the factor by which Poisson noise is multiplied; 1 leaves it as drawn."""
     probability: float = 1.0
-    """How often a clip gets noise here"""
+    """Probability that a clip gets noise from this operation."""
     gaussian: float = 0.5
-    """Probability of Gaussian noise; the rest is Poisson"""
+    """Probability that the noise is Gaussian; otherwise it is Poisson noise."""
     grey: float = 0.4
-    """Probability that the three channels share the noise"""
+    """Probability that the three colour channels share the same noise."""
     gaussian_sigma_step: float = 0.1
+    """Largest change of the Gaussian standard deviation from one frame to the next, in grey levels, when
+    values walk over time."""
     poisson_scale_step: float = 0.005
+    """Largest change of the Poisson noise's scale from one frame to the next, when values walk over time."""
 
     def __post_init__(self) -> None:
         check_probability("noise.probability", self.probability)

@@ -48,24 +48,26 @@ def even_interpolations() -> dict[str, float]:
 
 @dataclass(frozen=True)
 class ResizeConfig:
-    """Resize by a drawn factor."""
+    """Resizing by a randomly drawn factor."""
 
     operations: ClassVar = (Resize,)
 
     factor: Range
-    """Smallest and largest factor; up draws from [1, largest], down from [smallest, 1]"""
+    """Smallest and largest resize factor: enlarging draws from [1, largest], shrinking from [smallest, 1]."""
     up: float
-    """Probability of growing"""
+    """Probability that a clip is enlarged."""
     down: float
-    """Probability of shrinking; what is left keeps the size"""
+    """Probability that a clip is shrunk; what `up` and `down` leave of 1 is the probability that it keeps its
+    size."""
     step: float
-    """Largest change of the factor a frame, when walking"""
+    """Largest change of the resize factor from one frame to the next, when values walk over time."""
     even: bool = True
-    """Round both sides down to even numbers"""
+    """Whether both sides are rounded down to even numbers of pixels."""
     of_quarter: bool = False
-    """The factor is of the size at the end (HQ / shrink, Real-ESRGAN), not of the present size"""
+    """Whether the factor applies to the size at the end of the recipe (HQ divided by `end.shrink`, as in
+    Real-ESRGAN) rather than to the frame's present size."""
     interpolations: dict[str, float] = field(default_factory=even_interpolations)
-    """Probability of each interpolation"""
+    """Probability of each interpolation (area, bilinear, bicubic); the values sum to 1."""
 
     def __post_init__(self) -> None:
         check_range("resize.factor", self.factor, low=1e-3, high=16)
@@ -77,7 +79,8 @@ class ResizeConfig:
 
     def draw(self, clip: ClipDraws) -> list[Resize]:
         """One resize. Frames of different sizes (after an earlier walk) all go by the first one's size, as in
-        MMagic."""
+        MMagic.
+        """
         low, high = self.factor
         keep = max(0.0, 1.0 - self.up - self.down)
         direction = clip.choice({"up": self.up, "down": self.down, "keep": keep})

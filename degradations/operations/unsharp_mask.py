@@ -11,7 +11,7 @@ class UnsharpMask:
     """Sharpening of the truth: frame + weight (frame - blurred) where that difference passes the threshold.
 
     RealBasicVSR and Real-ESRGAN: a 51x51 kernel with OpenCV's sigma for it, 8 pixels, weight 0.5,
-    threshold 10 of 255; the mask of what passes is blurred likewise.
+    threshold 10 of 255; the mask of what passes is blurred in the same way.
     """
 
     sigma_px: float = 8.0

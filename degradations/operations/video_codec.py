@@ -44,16 +44,17 @@ class VideoCodec:
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """A video codec over the whole clip. Never drawn for a single frame."""
+    """Compression of the whole clip by a video codec; never applied to a single frame."""
 
     operations: ClassVar = (VideoCodec,)
 
     encoders: dict[str, float]
-    """Probability of each of libx264, libx265, mpeg4, libvpx-vp9, mpeg2video"""
+    """Probability of each encoder (libx264, libx265, mpeg4, libvpx-vp9, mpeg2video); the values sum to 1."""
     bits_per_pixel: Range = (1e4 / 65536, 1e5 / 65536)
-    """RealBasicVSR's 1e4 to 1e5 bits a frame of 256x256"""
+    """Lowest and highest bit rate to draw, in bits per pixel; the default is RealBasicVSR's 1e4 to 1e5 bits
+    for a frame of 256x256."""
     probability: float = 1.0
-    """How often a clip is compressed here"""
+    """Probability that a clip is compressed by this operation; a single image never is."""
 
     def __post_init__(self) -> None:
         check_probability("codec.probability", self.probability)

@@ -49,7 +49,7 @@ def load_inflated_autoencoder(path: str | Path, config: AutoencoderConfig) -> Ca
 def save_autoencoder(
     path: str | Path, autoencoder: CausalVideoAutoencoder, header: Mapping[str, Any]
 ) -> None:
-    """Write weights and configuration; `header` is anything more to keep beside them (step, source)."""
+    """Write weights and configuration; `header` holds further facts to store (step, source)."""
     config = dataclasses.asdict(autoencoder.config)
     write_tensors(path, autoencoder.state_dict(), {**header, "autoencoder": config})
 

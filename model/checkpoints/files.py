@@ -20,20 +20,20 @@ from torch import Tensor, nn
 Network = TypeVar("Network", bound=nn.Module)
 Config = TypeVar("Config")
 LISTED_KEYS = 5
-# What files that also keep their evaluation's numbers hold beside tensors: these build numbers, nothing else.
+# Types that files with evaluation results hold besides tensors; all they build is numbers.
 _NUMPY_NAMES: list[Any] = [
     *[np.ndarray, np.dtype, *[type(np.dtype(name)) for name in ("float32", "float64", "int64")]],
     *[multiarray.scalar, multiarray._reconstruct],
-    (multiarray.scalar, "numpy.core.multiarray.scalar"),  # as files from before NumPy 2 say it
+    (multiarray.scalar, "numpy.core.multiarray.scalar"),  # its name in files from before NumPy 2
     (multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
 ]
 
 
 def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
-    """All tensors of a `.safetensors`, `.pth` or `.pt` file by name, mapped from disk, not copied
-    (but for `.pth` files of before torch 1.6).
+    """All tensors of a `.safetensors`, `.pth` or `.pt` file by name, mapped from disk and not copied.
 
-    A `.pth` may hold them as `state_dict` beside other things, which are left out.
+    Only `.pth` files from before torch 1.6 are copied. A `.pth` may hold its tensors as `state_dict` next to
+    other entries, which are left out.
     """
     path = Path(path)
     if not path.is_file():

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def load_aesthetic_head(path: str | Path) -> nn.Module:
-    """A published head of LAION-Aesthetics, linear or MLP: its tensors tell which."""
+    """A published head of LAION-Aesthetics, linear or MLP, as its tensors show."""
     state = read_tensors(path)
     return load_strict(aesthetic.head_for(state), state, path).eval()
 
 
 def load_fast_vqa(path: str | Path, config: fast_vqa.FastVQAConfig) -> fast_vqa.FastVQA:
-    """A published FAST-VQA (.pth). config: B and 3D have the same tensors, so no file tells which it is."""
+    """A published FAST-VQA (.pth). B and 3D have the same tensors, so `config` has to say which it is."""
     return build_network(lambda: fast_vqa.FastVQA(config), read_tensors(path), path)
 
 
@@ -62,8 +62,10 @@ def load_clip(name: str) -> "CLIP":
 
 
 def build_lpips(features: Mapping[str, Tensor], heads: Mapping[str, Tensor], source: str | Path) -> Lpips:
-    """LPIPS of its two published tables: torchvision's vgg16 (its classifier is not used) and lpips v0.1's
-    vgg.pth. ValueError if they are not those."""
+    """Build LPIPS from torchvision's vgg16, whose classifier is not used, and lpips v0.1's vgg.pth.
+
+    Raises ValueError if the two tables are not those.
+    """
     names = [f"lin{level}.model.1.weight" for level in range(len(VGG16_WIDTHS))]
     if any(name not in heads for name in names):
         raise ValueError(f"{source}: no table of LPIPS heads ({names[0]} to {names[-1]})")
@@ -74,8 +76,10 @@ def build_lpips(features: Mapping[str, Tensor], heads: Mapping[str, Tensor], sou
 
 
 def build_dists(features: Mapping[str, Tensor], heads: Mapping[str, Tensor], source: str | Path) -> Dists:
-    """DISTS of torchvision's vgg16 (its classifier is not used) and DISTS_pytorch's weights.pt. ValueError if
-    they are not those."""
+    """Build DISTS from torchvision's vgg16, whose classifier is not used, and DISTS_pytorch's weights.pt.
+
+    Raises ValueError if the two tables are not those.
+    """
     if set(heads) != {"alpha", "beta"}:
         raise ValueError(f"{source}: no table of DISTS weights (alpha, beta)")
     state = {name: tensor for name, tensor in features.items() if name.startswith("features.")}

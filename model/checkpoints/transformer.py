@@ -59,17 +59,17 @@ def load_backbone(
 
 
 def save_backbone(path: str | Path, backbone: NaDiT, header: Mapping[str, Any]) -> None:
-    """Write weights and configuration; `header` is anything more to keep beside them (step, source)."""
+    """Write weights and configuration; `header` holds further facts to store (step, source)."""
     write_tensors(path, backbone.state_dict(), {**header, "backbone": dataclasses.asdict(backbone.config)})
 
 
 def _cast(
     path: str | Path, mapped: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device
 ) -> dict[str, Tensor]:
-    """The file's tensors in another dtype or place, at a peak of the result plus the file's largest tensor.
+    """Cast or move the file's tensors; the peak memory is the result plus the file's largest tensor.
 
-    Reading a mapped tensor brings its pages into memory until the file is unmapped, so the file is opened
-    anew for each group of tensors, none above the largest in bytes. Empties `mapped`.
+    Reading a mapped tensor keeps its pages in memory until the file is unmapped, so the file is reopened for
+    each group of tensors, none larger in bytes than the largest one. Empties `mapped`.
     """
     sizes = {name: tensor.nbytes for name, tensor in mapped.items()}
     mapped.clear()
@@ -113,16 +113,16 @@ def released_backbone_config(released: Mapping[str, Any]) -> NaDiTConfig:
 
 
 def load_sd3_transformer(model: SwinMMDiT, path: str | Path) -> SD3Report:
-    """Start `model` from SD3's transformer, in place; the report's text says what was taken, left and is new.
+    """Start `model` from SD3's transformer, in place; the report says what was copied, left out and new.
 
     path: a safetensors file, a sharded checkpoint's index (.safetensors.index.json), or the folder of either
-    (`transformer/` of a diffusers SD3 repository). ValueError where there is no such file, or what is in it
+    (`transformer/` of a diffusers SD3 repository). Raises ValueError if there is no such file, or its content
     does not fit.
     """
     files = _tensor_files(Path(path))
 
     def read(name: str) -> Tensor:
-        # Mapped pages stay in memory until the file is closed: opened anew, the peak is the largest tensor.
+        # Mapped pages stay in memory until the file is closed; reopening it keeps the peak at one tensor.
         with safe_open(files[name], framework="pt") as file:
             return file.get_tensor(name)
 

@@ -25,7 +25,7 @@ PackedAttention = Callable[[Tensor, Tensor, Tensor, Sequence[int], Sequence[int]
 """`packed_attention`'s arguments and result."""
 
 CPU_BATCH_TOKENS = 65536
-"""Most query or key rows of one batched call on the CPU: bounds its scratch memory."""
+"""Largest number of query or key rows in one batched call on the CPU, which bounds its scratch memory."""
 
 
 def packed_attention(
@@ -161,7 +161,7 @@ def window_attention(
         return video_out, None
     if not sum(texts):
         return video_out, torch.zeros_like(text[0])
-    # Every window asks the same text queries: they are repeated, the keys and values are not copied again.
+    # Every window gets the same text queries: they are repeated, while keys and values are not copied again.
     repeated = [
         sample.repeat(count, 1, 1)
         for sample, count in zip(text[0].split(layout.text_lengths), layout.windows_per_sample, strict=True)

@@ -56,21 +56,31 @@ class NaDiTConfig:
     """The whole shape of one released backbone."""
 
     num_layers: int
+    """Number of transformer layers."""
     num_heads: int
+    """Number of attention heads in every layer."""
     head_dim: int
+    """Channels of each attention head."""
     width: int
+    """Channels of the hidden states."""
     patch: tuple[int, int, int]
-    """Latent pixels (T, H, W) per token."""
+    """Latent pixels (frames, height, width) that one token covers."""
     in_channels: int
+    """Channels of the network's input: the noisy latent, the low-quality latent and a mask."""
     out_channels: int
+    """Channels of the predicted velocity."""
     text_dim: int
+    """Width of the text embeddings."""
     mlp_ratio: int
+    """Hidden width of the MLPs as a multiple of the network's width, before SwiGLU's correction."""
     separate_layers: int
-    """Layers before this one have weights of their own for text and video; later ones share one set."""
+    """Number of leading layers with separate weights for text and video; later layers share theirs ("3b"
+    only)."""
     rotary_dim: int
-    """Channels of a head from which t, h and w get a third each for their rotation."""
+    """Channels of each head that are rotated by position, a third each for time, height and width."""
     windows: WindowSize
-    """Window counts (T, H, W) relative to a 720p picture; odd layers are shifted by half."""
+    """Window counts (frames, height, width) relative to a 720p picture; every second layer shifts its windows
+    by half."""
     swiglu: bool
     """MLPs are SwiGLUs without biases instead of Linear, GELU, Linear."""
     multimodal_rotary: bool

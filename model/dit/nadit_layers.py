@@ -85,7 +85,7 @@ def modulate(x: Tensor, modulation: Tensor, sample: Tensor) -> Tensor:
 
 
 def gate(residual: Tensor, x: Tensor, modulation: Tensor, sample: Tensor) -> Tensor:
-    """residual + x * gate."""
+    """The residual plus gate times x."""
     return torch.addcmul(residual, x, per_token(modulation[:, 2], sample))
 
 
@@ -112,7 +112,7 @@ class OutputModulation(nn.Module):
 
 
 class GeluMLP(nn.Module):
-    """The 7B's: Linear, GELU (tanh approximation), Linear."""
+    """MLP of the 7B: Linear, GELU (tanh approximation), Linear."""
 
     def __init__(self, width: int, ratio: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def swiglu_width(width: int, ratio: int) -> int:
 
 
 class SwiGLU(nn.Module):
-    """The 3B's: gated by SiLU, no biases."""
+    """MLP of the 3B: gated by SiLU, without biases."""
 
     def __init__(self, width: int, ratio: int) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ from torch import Tensor
 from model.dit.windows import Grid, WindowRule, WindowSize
 
 CACHED_PLANS = 8
-"""Sets of shapes whose tables are kept: some 40 MB each for a pack of 150,000 tokens."""
+"""Number of sets of shapes whose tables are cached: some 40 MB each for a pack of 150,000 tokens."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _packing_plan(
     device: torch.device,
 ) -> PackingPlan:
     assert len(grids) == len(text_lengths), "one text length per video"
-    # Cached tensors outlive the call: made under inference_mode they could not be used in training later.
+    # Cached tensors outlive the call; made under inference_mode, they could not be used in training later.
     with torch.inference_mode(False), torch.no_grad():
         distinct = {layer: _window_layout(layer, grids, text_lengths, device) for layer in set(layers)}
         layouts = tuple(distinct[layer] for layer in layers)
@@ -144,7 +144,7 @@ def equal_runs(*lengths: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def patch_grids(shapes: Sequence[Grid], patch: tuple[int, int, int]) -> list[Grid]:
-    """Patch-token grids of videos in latent pixels. ValueError where a side is no multiple of the patch."""
+    """Patch-token grids of videos in latent pixels. ValueError if a side is not a multiple of the patch."""
     for shape in shapes:
         if any(n < 1 or n % p for n, p in zip(shape, patch, strict=True)):
             raise ValueError(

@@ -52,8 +52,8 @@ def split_head_channels(head_dim: int) -> tuple[int, int, int]:
     return 2 * (pairs - 2 * space), 2 * space, 2 * space
 
 
-# The tables below are cached like the layouts they belong to (identity is the key): one per set of shapes,
-# shared by all layers with the same windows.
+# The tables below are cached like the layouts they belong to, by identity: one per set of shapes, shared by
+# all layers with the same windows.
 
 
 @lru_cache(maxsize=CACHED_ROTATIONS)

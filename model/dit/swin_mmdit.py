@@ -36,22 +36,32 @@ class SwinMMDiTConfig:
     """The whole shape of one Swin-MMDiT."""
 
     num_layers: int
+    """Number of transformer layers."""
     num_heads: int
+    """Number of attention heads in every layer."""
     head_dim: int
+    """Channels of each attention head; the network is `num_heads` times as wide."""
     mlp_ratio: int
+    """Hidden width of the MLPs as a multiple of the network's width."""
     patch: tuple[int, int, int]
-    """Latent pixels (T, H, W) per token."""
+    """Latent pixels (frames, height, width) that one token covers."""
     in_channels: int
-    """Noisy latent, LQ latent and mask."""
+    """Channels of the network's input: the noisy latent, the low-quality latent and a mask (33 for latents of
+    16 channels)."""
     out_channels: int
+    """Channels of the predicted velocity, as many as a latent has."""
     text_dim: int
+    """Width of the text embeddings, which is T5's (4096 for T5-XXL)."""
     pooled_dim: int
+    """Width of the pooled text embedding, which is CLIP-L's and bigG's together (2048 for SD3's encoders)."""
     windows: tuple[WindowSize, ...]
-    """Window (T, H, W) in latent pixels, or "full" on an axis; layer i has windows[i % len(windows)]."""
+    """Attention windows (frames, height, width) in latent pixels, or "full" for a whole axis; the layers go
+    through the list in turn."""
     shifted: tuple[bool, ...]
-    """Whether a layer's windows are shifted by half: layer i has shifted[i % len(shifted)]."""
+    """Whether a layer's windows are shifted by half a window; the layers go through the list in turn."""
     rotary: bool
-    """3D rotary embedding inside each window; off leaves no notion of position."""
+    """Whether attention uses a 3D rotary embedding within each window; without it the network has no notion
+    of position."""
 
     def __post_init__(self) -> None:
         if not self.windows or not self.shifted:
@@ -64,7 +74,7 @@ class SwinMMDiTConfig:
         return self.num_heads * self.head_dim
 
     def layer_windows(self) -> tuple[LayerWindows, ...]:
-        """Windows of each layer, in tokens. ValueError where a window is no multiple of the patch."""
+        """Windows of each layer, in tokens. ValueError if a window is not a multiple of the patch."""
         return tuple(
             LayerWindows(
                 fixed_windows,
@@ -85,7 +95,7 @@ def _extent_in_tokens(extent: Extent, patch: int) -> Extent:
         return "full"
     if extent < 1 or extent % patch:
         raise ValueError(
-            f"model.windows: extent {extent} (latent pixels) is no multiple of the patch {patch}"
+            f"model.windows: extent {extent} (latent pixels) is not a multiple of the patch {patch}"
         )
     return extent // patch
 
@@ -319,7 +329,7 @@ class Block(nn.Module):
 
 
 def feed_forward(mlp: nn.Module, x: Tensor, modulation: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-    """x + gate * mlp(modulated norm of x), modulation being (shift, scale, gate), each (B, width)."""
+    """Add gate * mlp(modulated norm of x) to x; modulation is (shift, scale, gate), each (B, width)."""
     shift, scale, gate = modulation
     return gated_residual(x, gate, mlp(modulated_norm(x, shift, scale, rows)), rows)
 
@@ -339,7 +349,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, rows: Sequence[int])
 
 
 def gated_residual(x: Tensor, gate: Tensor, y: Tensor, rows: Sequence[int]) -> Tensor:
-    """x + gate * y, gate (B, width) spread over the tokens of each sample."""
+    """Add gate * y to x, with gate (B, width) spread over the tokens of each sample."""
     samples = zip(x.split(list(rows)), gate, y.split(list(rows)), strict=True)
     return _joined([torch.addcmul(part, sample_gate, y_part) for part, sample_gate, y_part in samples])
 

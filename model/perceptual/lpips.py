@@ -21,8 +21,10 @@ _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 def vgg16_features(
     widths: tuple[int, ...], pooling: Callable[[], nn.Module]
 ) -> tuple[nn.Sequential, list[int]]:
-    """VGG16's convolutions, their parameters named as torchvision's `features`, and the layers whose outputs
-    are compared: the last ReLU of each level."""
+    """VGG16's convolutions, named as torchvision's `features`, and the layers whose outputs are compared.
+
+    Those layers are the last ReLU of each level.
+    """
     layers: list[nn.Module] = []
     taps: list[int] = []
     previous = 3

@@ -24,7 +24,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class AestheticMlp(nn.Module):
-    """The improved predictor: linear layers without anything between them but, in training, dropout."""
+    """The improved predictor: linear layers with nothing between them but dropout in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,9 +49,11 @@ def aesthetic_score(head: nn.Module, embedding: Tensor) -> Tensor:
 
 
 def prepare(frame: Tensor) -> Tensor:
-    """uint8 (H, W, 3) RGB -> (1, 3, 224, 224) as CLIP prepares a picture: the shorter side to 224 by Pillow's
-    bicubic, the middle square of it, normalised."""
-    import torchvision.transforms.functional as TF  # with torchvision.ops it takes a second to import
+    """Prepare a uint8 (H, W, 3) RGB picture for CLIP: (1, 3, 224, 224).
+
+    The shorter side is resized to 224 with Pillow's bicubic, and the central square is normalised.
+    """
+    import torchvision.transforms.functional as TF  # takes a second to import, with torchvision.ops
 
     picture = TF.resize(Image.fromarray(frame.numpy()), SIDE_PX, TF.InterpolationMode.BICUBIC)
     square = TF.to_tensor(TF.center_crop(picture, [SIDE_PX, SIDE_PX]))

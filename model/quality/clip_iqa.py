@@ -1,7 +1,7 @@
 """CLIP-IQA: how much more a picture is "Good photo." than "Bad photo." (Wang et al., AAAI 2023).
 
 CLIP's RN50 sees the picture at its own resolution: the position embedding of its attention pool is left out,
-so that any size from 32 pixels on will do. Only OpenAI's CLIP (MIT) and these two prompts are needed;
+so that any size from 32 pixels on works. Only OpenAI's CLIP (MIT) and these two prompts are needed;
 `timm/resnet50_clip.openai` is its name on the Hugging Face hub. Other tools' "clipiqa" have other prompts.
 """
 

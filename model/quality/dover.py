@@ -27,13 +27,14 @@ class ConvNeXtConfig:
     """ConvNeXt with some of its 7x7 convolutions inflated to three frames."""
 
     dims: tuple[int, ...]
-    """channels of each stage"""
+    """Channels of each of the network's stages."""
     depths: tuple[int, ...]
-    """blocks of each stage"""
+    """Number of blocks in each of the network's stages."""
     version: int
-    """1: a learned scale for each block (`gamma`); 2: global response normalisation"""
+    """ConvNeXt version: 1 has a learned scale for each block (`gamma`), 2 has global response
+    normalisation."""
     classes: int
-    """outputs of an ImageNet head that the file carries along and nothing uses; 0: none"""
+    """Outputs of the ImageNet head that the weights file carries along unused; 0 means that it has none."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,17 @@ class DoverConfig:
     """Both branches and what they look at."""
 
     technical: VideoSwinConfig | ConvNeXtConfig
+    """Shape of the network that judges technical quality from fragments."""
     aesthetic: ConvNeXtConfig
+    """Shape of the network that judges aesthetic quality from whole, shrunk frames."""
     head_hidden: int
+    """Hidden channels of the two heads that turn features into scores."""
     size: FragmentSize
-    """fragments of the technical branch"""
+    """Number and size of the fragments that the technical branch sees."""
     technical_clips: int
-    """inputs of 32 frames, two apart"""
+    """Number of inputs of 32 frames, two frames apart, that the technical branch sees."""
     picture: tuple[int, int]
-    """height and width in pixels of the whole frames that the aesthetic branch sees"""
+    """Height and width, in pixels, of the whole frames that the aesthetic branch sees."""
 
 
 CLIP_FRAMES = 32

@@ -31,18 +31,23 @@ class FastVQAConfig:
     """The network's shape and its way of looking at a video."""
 
     backbone: VideoSwinConfig
+    """Shape of the Video Swin backbone."""
     head_hidden: int
+    """Hidden channels of the head that turns features into a score."""
     size: FragmentSize
+    """Number and size of the fragments that are cut from each frame."""
     segments: int
-    """parts of the video that frames are taken from"""
+    """Number of equal parts of the video from which frames are taken."""
     segment_frames: int
-    """frames from each part, `interval` apart"""
+    """Number of frames taken from each part of the video."""
     interval: int
+    """Distance between the frames taken from one part, in frames."""
     clips: int
-    """inputs that the frames make; their scores are averaged"""
+    """Number of network inputs that the sampled frames make; their scores are averaged."""
     mean: float
-    """of raw scores, for `rescale`"""
+    """Mean of the published model's raw scores, by which `rescale` centres a score."""
     std: float
+    """Standard deviation of the published model's raw scores, by which `rescale` divides."""
 
 
 PUBLISHED = FastVQAConfig(
@@ -92,8 +97,11 @@ class FastVQA(nn.Module):
         return self.vqa_head(self.fragments_backbone(pixels))
 
     def look(self, frame: Tensor) -> Tensor:
-        """Fragments (3, 1, h, w) of a uint8 (H, W, 3) RGB frame, from the middle of the cells, so that a clip
-        has one score. ValueError if the frame is smaller than one patch."""
+        """Fragments (3, 1, h, w) of a uint8 (H, W, 3) RGB frame.
+
+        They are cut from the middle of the cells, so that a clip has a single score. Raises ValueError if the
+        frame is smaller than one patch.
+        """
         return fragments.centre_fragments(frame, self.config.size)
 
     @torch.no_grad()
@@ -104,7 +112,7 @@ class FastVQA(nn.Module):
         return rescale(torch.stack(raw).mean().item(), self.config)
 
     def frame_numbers(self, total: int) -> list[int]:
-        """Which frames of a video of so many `score` wants, in order; short videos wrap round."""
+        """Numbers of the frames, of `total`, that `score` takes, in order; short videos wrap round."""
         config = self.config
         return fragments.segment_frames(total, config.segment_frames, config.segments, config.interval)
 

@@ -2,7 +2,7 @@
 
 Fragments (Wu et al., "FAST-VQA", 2022, section 3.1) are patches of raw pixels, one from each cell of a grid,
 spliced into one small picture; the same place for a group of aligned frames. The published code draws places
-and frames from global random states; here offsets are given or drawn from a generator of one's own.
+and frames from global random states; here offsets are given or drawn from a given generator.
 """
 
 from dataclasses import dataclass
@@ -21,9 +21,11 @@ class FragmentSize:
     """How many patches of how many pixels, (rows, columns) and (height, width)."""
 
     grid: tuple[int, int]
+    """Number of patches in a mosaic, as (rows, columns)."""
     patch: tuple[int, int]
+    """Height and width of each patch, in pixels."""
     aligned: int
-    """successive frames whose patches come from one place"""
+    """Number of successive frames whose patches are cut at the same positions."""
 
 
 def fit(video: Tensor, size: FragmentSize) -> Tensor:
@@ -44,7 +46,7 @@ def spatial_fragments(video: Tensor, size: FragmentSize, offsets: tuple[Tensor, 
     """(C, T, H, W) of 0 to 255 -> (C, T, rows * height, columns * width) float32.
 
     The grid is that of the video as given, also where `fit` enlarged it (as published). ValueError for a
-    video smaller than one patch, or a length that is no multiple of `aligned`.
+    video smaller than one patch, or a length that is not a multiple of `aligned`.
     """
     frames, height, width = video.shape[1:]
     (patch_h, patch_w), aligned = size.patch, 1 if frames == 1 else size.aligned
@@ -69,7 +71,7 @@ def spatial_fragments(video: Tensor, size: FragmentSize, offsets: tuple[Tensor, 
 
 
 def centre_fragments(frame: Tensor, size: FragmentSize) -> Tensor:
-    """Fragments (3, 1, h, w) from the middle of the cells of a uint8 (H, W, 3) frame: no chance in them."""
+    """Fragments (3, 1, h, w) from the middle of the cells of a uint8 (H, W, 3) frame: no randomness."""
     places = [
         torch.full((*size.grid, 1), max(0, n // cells - patch) // 2)
         for n, cells, patch in zip(frame.shape[:2], size.grid, size.patch, strict=True)
@@ -94,8 +96,11 @@ def segment_frames(
 
 
 def window_frames(total: int, frames: int, interval: int, clips: int) -> list[int]:
-    """`clips` windows of `frames` frames, evenly spread and wrapping: what the published single-video script
-    samples, without chance; its evaluation samples as `segment_frames` does."""
+    """Frame numbers of `clips` windows of `frames` frames, evenly spread, wrapping at the end.
+
+    The published single-video script samples this way, without randomness; the published evaluation samples
+    like `segment_frames`.
+    """
     span = frames * interval
     step = (total - span + 1) / clips
     starts = [int(step * i + step / 2) if total >= span else 0 for i in range(clips)]
@@ -107,7 +112,7 @@ def resize_frames(video: Tensor, height: int, width: int, antialias: bool = Fals
 
     Without antialiasing, as the tensors that DOVER was trained on: torchvision began to do it later.
     """
-    import torchvision.transforms.functional as TF  # with torchvision.ops it takes a second to import
+    import torchvision.transforms.functional as TF  # takes a second to import, with torchvision.ops
 
     frames = TF.resize(video.transpose(0, 1), [height, width], antialias=antialias)
     return frames.transpose(0, 1)

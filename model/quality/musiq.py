@@ -23,15 +23,20 @@ class MusiqConfig:
     """The network's shape."""
 
     outputs: int
-    """1: the score itself (KonIQ, SPAQ, PaQ-2-PiQ); 10: a distribution over 1 to 10 (AVA)"""
+    """Number of outputs: 1 is the score itself (KonIQ, SPAQ, PaQ-2-PiQ), 10 is a distribution over the scores
+    1 to 10 (AVA)."""
     width: int
+    """Channels of the transformer's hidden states."""
     heads: int
+    """Number of attention heads in every layer."""
     layers: int
+    """Number of transformer layers."""
     mlp_width: int
+    """Hidden channels of the MLPs."""
     longer_sides: tuple[int, ...]
-    """pixels of the longer side of the shrunk or enlarged pictures; the native one follows"""
+    """Longer sides, in pixels, of the resized pictures; the picture at its native size follows them."""
     grid: int
-    """rows and columns of the learned grid of positions"""
+    """Number of rows and of columns in the learned grid of positions."""
 
 
 PUBLISHED = MusiqConfig(
@@ -204,7 +209,7 @@ def from_google(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         name = key.removeprefix(_ROOT)
         pattern = next((p for p in _GOOGLE_NAMES if re.fullmatch(p, name)), None)
         if pattern is None:
-            raise ValueError(f"{key} is no part of MUSIQ")
+            raise ValueError(f"{key} is not part of MUSIQ")
         ours = re.sub(pattern, _GOOGLE_NAMES[pattern], name)
         state[re.sub(r"(kernel|scale)$", "weight", ours)] = torch.from_numpy(_as_ours(ours, array))
     return state

@@ -23,17 +23,18 @@ class VideoSwinConfig:
     """The shape of the backbone; sizes are (frames, height, width)."""
 
     embed_dim: int
-    """channels after the patch embedding; they double with each merge"""
+    """Channels after the patch embedding; each patch merging doubles them."""
     depths: tuple[int, ...]
-    """blocks in each layer"""
+    """Number of blocks in each layer."""
     num_heads: tuple[int, ...]
-    """attention heads in each layer"""
+    """Number of attention heads in each layer."""
     window_size: Size
-    """in tokens; odd blocks are shifted by half of it"""
+    """Attention window (frames, height, width) in tokens; every second block shifts it by half."""
     fragment_bias: tuple[bool, ...]
-    """layers whose position bias is gated by fragments"""
+    """Whether each layer's position bias is gated by the fragments that two tokens come from."""
     base_size: Size | None
-    """pixels that the window is meant for: other inputs scale it (FAST-VQA); None: it stays (DOVER)"""
+    """Input size (frames, height, width) in pixels for which the window is meant and with which it scales
+    (FAST-VQA); None keeps the window fixed (DOVER)."""
 
     @property
     def out_channels(self) -> int:

@@ -18,21 +18,26 @@ from model.vae.causal_conv import CausalConv3d, FrameGroupNorm, StreamMemory, ch
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """The whole shape of an autoencoder; no defaults, so that each checkpoint states all of it."""
+    """The complete shape of an autoencoder, without defaults, so that each checkpoint states all of it."""
 
     widths: tuple[int, ...]
-    """Channels of each level, full resolution first; each level after the first halves space."""
+    """Channels of each level, full resolution first; every level after the first halves height and width."""
     latent_channels: int
+    """Channels of the latent."""
     norm_groups: int
+    """Number of groups in every GroupNorm; it must divide every width."""
     encoder_layers: int
-    """Residual blocks per encoder level."""
+    """Residual blocks in each level of the encoder."""
     decoder_layers: int
-    """Residual blocks per decoder level."""
+    """Residual blocks in each level of the decoder."""
     time_halvings: int
-    """How many of the space-halving levels, from the lowest resolution up, halve time too."""
+    """How many of the levels that halve height and width also halve time, counted from the lowest
+    resolution."""
     latent_scale: float
+    """Factor that brings latents to unit spread: the transformer sees (z - latent_shift) * latent_scale."""
     latent_shift: float
-    """The DiT's latent = (z - latent_shift) * latent_scale."""
+    """Offset taken from the latent z before it is scaled: the transformer sees (z - latent_shift) *
+    latent_scale."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.time_halvings < len(self.widths):
@@ -219,7 +224,7 @@ class CausalVideoAutoencoder(nn.Module):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Moments slice by slice, equal to `encode` of the whole; memory does not grow with length.
 
-        `frames` are pieces (B, 3, any t, H, W) of one video; they are cut anew into slices of
+        `frames` are pieces (B, 3, any t, H, W) of one video; they are cut again into slices of
         1 + slice_frames and then slice_frames (a multiple of 4) frames, of which the last may be shorter.
         To resume, give a `memory` saved between two results and the frames from `memory.frames` on.
         `band_pixels` bounds what a layer works on at once (no gradients; see `model.vae.bands`), and
@@ -288,7 +293,7 @@ def posterior_noise(shape: tuple[int, ...], seed: int, device: torch.device | st
 
 
 def _cut(pieces: Iterable[Tensor], length: int, first: bool) -> Iterator[Tensor]:
-    """Join pieces along time and cut anew: 1 + length first, then length; the last may be shorter."""
+    """Re-cut pieces along time: first 1 + length, then length each; the last may be shorter."""
     waiting: list[Tensor] = []
     wanted = length + 1 if first else length
     for piece in pieces:

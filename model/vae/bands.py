@@ -1,12 +1,12 @@
-"""Layers computed on bands of rows: exact, so without seams, for frames that do not fit otherwise.
+"""Layers computed on bands of rows: exact, hence without seams, for frames that would not fit otherwise.
 
-A tile with blended overlaps is another picture than the frame: its norms and its attention see less, and
+Tiling with blended overlaps would change the picture: norms and attention would see less of the frame, and
 streams of tiles together remember more than a stream of frames. Here every layer still works on the whole
-frame, but a layer's temporaries (normalised input, the frames before, the convolution's workspace) exist
-for one band of full-width rows at a time. A band brings the one row above and below that a 3x3 kernel
-needs, and norms use the statistics of the whole frame. The result is the unbanded one to float rounding.
-What stays is a layer's input and output, for one or two frames at the large levels (see `Encoder`,
-`Decoder`), and the stream's memory of two frames a convolution, which may lie in the host's memory.
+frame, but a layer's temporaries (normalised input, the frames before, the convolution's workspace) exist for
+one band of full-width rows at a time. A band includes the one row above and below that a 3x3 kernel needs,
+and norms use the statistics of the whole frame. The result equals the unbanded one up to float rounding. What
+remains is a layer's input and output, for one or two frames at the large levels (see `Encoder`, `Decoder`),
+and the stream's memory of two frames per convolution, which may be kept on the host.
 """
 
 from collections.abc import Callable, Sequence
@@ -85,8 +85,10 @@ class _CacheInBands:
         self.at_start = self.frames is None
 
     def put_before(self, band: Tensor, first: int, next_first: int) -> Tensor:
-        """`band`, rows from `first`, with the frames before it. From row `next_first` on, the next band
-        still needs the old memory."""
+        """Put the frames before it in front of `band`, whose rows start at `first`.
+
+        The next band still needs the old memory from row `next_first` on.
+        """
         if self.conv.kernel_size[0] == 1:
             return band
         last = first + band.shape[3]
@@ -100,7 +102,7 @@ class _CacheInBands:
         return extended
 
     def finish(self) -> None:
-        """Hand the new memory to the stream."""
+        """Hand the new memory over to the stream."""
         if self.frames is not None:
             self.memory.cache[self.conv.name] = self.frames
 

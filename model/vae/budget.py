@@ -1,7 +1,7 @@
 """How long a slice and how large a band of rows fit into a given memory.
 
-The estimate counts tensors from the layers' shapes, which a pass on the meta device gives; it is for
-what a stream needs besides the weights.
+The estimate counts tensors by the layers' shapes, which a pass on the meta device yields, and covers what a
+stream needs in addition to the weights.
 """
 
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ CHOICES: tuple[tuple[int, int | None], ...] = (
     (4, 512**2),
     (4, 256**2),
 )
-"""(frames a slice, pixels a band), fastest first: short slices reread the frames before them, bands a row at
-each border."""
+"""(frames per slice, pixels per band), fastest first: short slices read the frames before them again, bands a
+row at each border."""
 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Arguments of `encode_stream` and `decode_stream`, and what they are expected to take."""
+    """Arguments of `encode_stream` and `decode_stream`, with their expected memory."""
 
     slice_frames: int
     band_pixels: int | None
@@ -73,8 +73,8 @@ def plan_stream(
 ) -> StreamPlan:
     """The fastest choice whose estimate, for the larger of encode and decode, is within the budget.
 
-    host: whether there is a host with a memory of its own, as a GPU has; what the convolutions remember goes
-    there where no choice fits without. ValueError if the smallest does not fit either; it names its need.
+    host: whether the host has separate memory, as with a GPU; the convolutions' memory goes there if no
+    choice fits without. Raises ValueError, with the memory needed, if even the smallest choice does not fit.
     """
     gib = bytes_per_value / 2**30
     smallest = float("inf")
@@ -99,8 +99,10 @@ def stream_values(
     band_pixels: int | None,
     cache_on_host: bool = False,
 ) -> int:
-    """Most values alive at once on the device in a stream of one video, encode or decode, its memory included
-    unless that is on the host."""
+    """Largest number of values alive at once on the device in a stream of one video, encode or decode.
+
+    It includes the stream's memory unless that is kept on the host.
+    """
     cached = (0, 0) if cache_on_host else _cached_values(config, height, width)
     working = _both_working(config, height, width, slice_frames, band_pixels, cache_on_host)
     return max(cached[0] + working[0], cached[1] + working[1])

@@ -1,7 +1,7 @@
 """Convolutions that look only into the past, and the memory that lets a video pass through in slices.
 
-Layout: every activation is (B, C, T, H, W) stored channels last, so that folding time into the batch
-(norms and attention are per frame) is a view and not a copy.
+Every activation is (B, C, T, H, W), stored channels last, so that folding time into the batch (norms and
+attention work per frame) is a view and not a copy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,8 @@ FEW_CHANNELS = 100
 class StreamMemory:
     """What one stream has to remember between two slices: the last inputs of each convolution.
 
-    It belongs to the caller, never to the module, so one network can serve many streams and a killed job
-    can go on from `state_dict()`.
+    It belongs to the caller, never to the module, so one network can serve many streams and a killed job can
+    resume from `state_dict()`.
     """
 
     cache: dict[str, Tensor] = field(default_factory=dict)
@@ -43,7 +43,8 @@ class StreamMemory:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors, ready for safetensors: the cache by convolution name, and `frames`. They are the
-        stream's own: write or copy them before the stream goes on."""
+        stream's own: write or copy them before the stream goes on.
+        """
         return {**self.cache, "frames": torch.tensor(self.frames)}
 
     def keep(self, name: str, frames: Tensor) -> None:
@@ -77,8 +78,10 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def concatenate(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """torch.cat of (B, C, T, H, W) tensors whose result is channels last whatever the strides of the parts
-    (torch.cat itself falls back to channels first where a part is a slice or expanded)."""
+    """Concatenate (B, C, T, H, W) tensors into a channels-last result, whatever the strides of the parts.
+
+    `torch.cat` itself falls back to channels first if a part is a slice or expanded.
+    """
     stored_last = [part.movedim(1, -1) for part in parts]
     return torch.cat(stored_last, dim={1: 4, 2: 1}[dim]).movedim(-1, 1)
 
@@ -128,7 +131,7 @@ class CausalConv3d(nn.Conv3d):
         return self.kernel_size[0] - self.stride[0]
 
     def before(self, x: Tensor) -> Tensor:
-        """What stands before a clip's first frame: copies of it."""
+        """The frames before a clip's first one: copies of it."""
         return x[:, :, :1].expand(-1, -1, self.kernel_size[0] - 1, -1, -1)
 
     def convolve(self, x: Tensor, padded_rows: int | None = None) -> Tensor:
@@ -147,7 +150,7 @@ class CausalConv3d(nn.Conv3d):
             and torch.backends.mkldnn.is_available()
             and not torch.is_grad_enabled()
         ):
-            # F.conv3d asks oneDNN only sometimes; its other way unfolds 27 copies of the input.
+            # F.conv3d uses oneDNN only sometimes; otherwise it unfolds 27 copies of the input.
             return torch.mkldnn_convolution(
                 x, self.weight, self.bias, (0, *padding), self.stride, self.dilation, self.groups
             )

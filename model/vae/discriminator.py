@@ -1,7 +1,7 @@
 """The discriminator of the autoencoder's training: a PatchGAN in space and time.
 
-Isola et al. 2017 in three dimensions, with GroupNorm where the original has BatchNorm: at 5 clips a GPU
-batch statistics are too noisy. Every output judges one patch of the video.
+Isola et al. 2017 in three dimensions, with GroupNorm in place of BatchNorm, whose statistics are too noisy
+with 5 clips per GPU. Every output judges one patch of the video.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ class DiscriminatorConfig:
     """The shape of a discriminator."""
 
     width: int
-    """channels of the first layer; each further one doubles them, up to 8 times"""
+    """Channels of the first layer; each further layer doubles them, up to 8 times as many."""
     layers: int
-    """layers that halve space; all but the first halve time too"""
+    """Number of layers that halve height and width; all but the first also halve time."""
     norm_groups: int
-    """groups of every GroupNorm; must divide the width"""
+    """Number of groups in every GroupNorm; it must divide the width."""
 
     def __post_init__(self) -> None:
         if self.layers < 1:
@@ -29,7 +29,7 @@ class DiscriminatorConfig:
 
 
 PAPER_CONFIG = DiscriminatorConfig(width=64, layers=4, norm_groups=32)
-"""As WFVAE's and CV-VAE's training codes have it; SeedVR's paper does not say."""
+"""As in the training code of WFVAE and CV-VAE; the SeedVR paper does not say."""
 
 
 class VideoDiscriminator(nn.Module):

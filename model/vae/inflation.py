@@ -1,9 +1,9 @@
-"""Starting the video autoencoder from one for images, such as Stable Diffusion 3's.
+"""Initialising the video autoencoder from one for images, such as Stable Diffusion 3's.
 
-The 2D kernel goes into the last of the three time taps, the one that sees the newest frame, and the
-others are zero: every frame is first coded as the image model codes it, so a still image has the same
-latent. Parameter names of diffusers' AutoencoderKL are ours; only the learned upsampling is new, and it
-starts as the nearest-neighbour copy that the image model has there.
+The 2D kernel goes into the last of the three time taps, the one for the newest frame, and the others are
+zero: at first every frame is encoded as by the image model, so a still image has the same latent. Our
+parameter names are those of diffusers' AutoencoderKL; only the learned upsampling is new, and it starts as
+the nearest-neighbour copy that the image model has in its place.
 """
 
 from collections.abc import Mapping

@@ -49,6 +49,8 @@ def gradient_norms(reconstruction_loss: Tensor, generator_loss: Tensor, last_lay
 
 
 def adaptive_weight(norms: Tensor) -> Tensor:
-    """The generator loss's weight that makes both gradients equally long at the last layer (Esser et al.
-    2021, equation 7), from `gradient_norms`."""
+    """Weight of the generator loss that gives both gradients the same norm at the last layer.
+
+    Esser et al. 2021, equation 7; takes the result of `gradient_norms`.
+    """
     return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, MAX_ADAPTIVE_WEIGHT)

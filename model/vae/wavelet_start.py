@@ -23,7 +23,7 @@ from model.vae.causal_conv import CausalConv3d
 CONSTANT = 4.0
 """Value of the constant channels; pixels and their averages are within about 1.7."""
 DETAIL_GAIN = 4.0
-"""Latents of details over latents of averages: details are several times smaller."""
+"""Ratio of the detail latents' scale to that of the averages: details are several times smaller."""
 LOG_VARIANCE = -5.0
 """Of the posterior at the start."""
 # Orthonormal: luma, red against blue, green against both.

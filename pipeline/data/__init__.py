@@ -1,3 +1,4 @@
 """From footage to training samples: ingest, filter and its selection, text embeddings, precompute.
 
-May import metrics and what lies below it."""
+May import metrics and what lies below it.
+"""

@@ -1,6 +1,6 @@
-"""Which samples a clip gives: buckets, random crops and seeds, drawn from ids alone.
+"""Which samples a clip yields: buckets, random crops and seeds, all drawn from ids alone.
 
-The paper crops and never resizes down (section 3.3); a clip smaller than a bucket gives no sample in it.
+The paper crops and never shrinks (section 3.3), so a clip smaller than a bucket yields no sample in it.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ class Bucket:
     """A size that samples are cropped to, in pixels; frames are 4n+1."""
 
     frames: int
-    """frames of a video sample (1 makes a bucket for images)"""
+    """Frames of a sample, 4n+1; a size of 1 frame is for images."""
     height: int
-    """pixels, a multiple of 16"""
+    """Height of a sample in pixels, a multiple of 16."""
     width: int
-    """pixels, a multiple of 16"""
+    """Width of a sample in pixels, a multiple of 16."""
 
     def __post_init__(self) -> None:
         if self.frames < 1 or (self.frames - 1) % schema.TEMPORAL_FACTOR:
@@ -41,9 +41,9 @@ class Native:
     """Samples of the clip's own size: sides floored to multiples of 16, frames to 4n+1."""
 
     max_frames: int
-    """frames of the longest sample"""
+    """Largest number of frames of a native-size sample; longer clips are cut to it."""
     max_pixels: int
-    """clips with more pixels a frame give no native sample"""
+    """Largest number of pixels in a frame; larger clips give no native-size sample."""
 
 
 def native_bucket(clip: dict[str, Any], native: Native) -> Bucket | None:
@@ -94,7 +94,7 @@ def plan_samples(
 
 
 def random_crop(clip: dict[str, Any], bucket: Bucket, seed: int) -> list[int]:
-    """First frame, top, left of a crop, uniform over all that fit."""
+    """First frame, top and left of a crop, drawn uniformly from all that fit."""
     draw = np.random.default_rng(seed)
     rooms = (
         clip["num_frames"] - bucket.frames,

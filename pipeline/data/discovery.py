@@ -1,6 +1,6 @@
-"""What ingest has to read: the media files below a folder, or the rows of a manifest, one after the other.
+"""Listing of what ingest has to read: the media files below a folder, or the rows of a manifest.
 
-Nothing is held in memory: a listing may have millions of files.
+It is streamed and never held in memory, since there may be millions of files.
 """
 
 import contextlib
@@ -29,15 +29,17 @@ _LOOKUPS = 32  # sizes asked for at a time
 
 
 class Listing:
-    """The sources below `input`; iterate once, then ask for `ignored`, the files that were passed over."""
+    """The sources below `input`; iterate once, then read `ignored`, the number of files that were skipped."""
 
     def __init__(self, input: str, output: str, exclude: list[str], manifest: str | None) -> None:
         self.input, self.output, self.exclude, self.manifest = input, output, exclude, manifest
         self.ignored = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """source_id, path (below the input), uri, bytes, etag, labels (caption, license, dataset; None: look
-        for sidecar files)."""
+        """Yield source_id, path (below the input), uri, bytes, etag and labels of each source.
+
+        The labels are caption, license and dataset; None means that sidecar files should be read.
+        """
         found = self._from_manifest(self.manifest) if self.manifest else self._from_folder()
         for path, size, etag, labels in found:
             yield {
@@ -50,8 +52,10 @@ class Listing:
             }
 
     def _from_folder(self) -> Iterator[tuple[str, int, str, None]]:
-        """Every file that its name says is media. Names that begin with '.' or '_', and what lies below the
-        output, do not count at all."""
+        """Every file whose name says that it is media.
+
+        Names that begin with '.' or '_' and files below the output are not even counted as ignored.
+        """
         for url, size, etag in storage.walk(self.input):
             path = url.removeprefix(self.input).lstrip("/")
             if url.startswith(self.output + "/") or any(part[0] in "._" for part in path.split("/")):
@@ -68,7 +72,7 @@ class Listing:
         return any(fnmatch.fnmatch(path, pattern) for pattern in self.exclude)
 
     def _from_manifest(self, manifest: str) -> Iterator[tuple[str, int, str, dict[str, str]]]:
-        """A missing file is listed too, with 0 bytes, and becomes an error row."""
+        """Yield a manifest's rows; a missing file is listed too, with 0 bytes, and becomes an error row."""
         rows = iter(read_manifest(manifest))
         with ThreadPoolExecutor(_LOOKUPS) as pool:
             while some := list(islice(rows, 1024)):
@@ -136,7 +140,7 @@ def _parquet_rows(file: Any) -> Iterator[dict[str, Any]]:
 
 
 def read_sidecars(uri: str) -> dict[str, str]:
-    """caption, license and dataset from the files beside a source; a JSON file wins over a text file."""
+    """Caption, license and dataset from the files next to a source; JSON takes precedence over text."""
     labels: dict[str, str] = {}
     stem = uri[: -len(ending)] if (ending := os.path.splitext(uri)[1]) else uri
     with contextlib.suppress(FileNotFoundError):

@@ -1,8 +1,9 @@
-"""Filter: measure every clip, then decide. clips/ -> scores/, learned_scores/ -> selection/ (keep, why not).
+"""Filter: score every clip, then decide which to keep. clips/ -> scores/, learned_scores/ -> selection/.
 
-Scores that need no weights are measured of every clip, scores by networks of those that pass. All are kept,
-so thresholds can change without measuring again: `--rethreshold` rebuilds selection/ from them in seconds.
-Near-duplicates are found by perceptual hash; no shot and no twin is both in training and held out.
+Scores that need no weights are measured on every clip, scores by networks only on clips that pass those. All
+scores are stored, so thresholds can change without measuring again: `--rethreshold` rebuilds selection/ from
+them in seconds. Near-duplicates are found by perceptual hash; no shot and no duplicate is both in training
+and held out.
 """
 
 import dataclasses
@@ -36,36 +37,41 @@ class FilterConfig:
     """What `jobs.filter` reads."""
 
     data: Url
-    """absolute URL of the data root that holds clips/; scores/ and selection/ are written there"""
+    """Absolute URL of the data root that holds clips/; scores/, learned_scores/ and selection/ are written
+    there."""
     thresholds: dict[str, Threshold]
-    """by score: sharpness, exposure, exposure_range, contrast, clipped_share, motion, static_share,
-    border_share, blockiness, bits_per_pixel, niqe; of networks aesthetic, clip_iqa, fast_vqa, musiq,
-    dover_technical, dover_aesthetic, dover_overall. A clip that a score says nothing of (an image has no
-    motion) passes its threshold."""
+    """Limits by score. Without weights there are sharpness, exposure, exposure_range, contrast,
+    clipped_share, motion, static_share, border_share, blockiness, bits_per_pixel and niqe; networks give
+    aesthetic, clip_iqa, fast_vqa, musiq, dover_technical, dover_aesthetic and dover_overall. A clip without a
+    score (an image has no motion) passes that score's limits."""
     scorers: ScorersConfig = dataclasses.field(default_factory=ScorersConfig)
-    """the networks that score what the weight-free thresholds let pass (default: none)"""
+    """Networks that score the clips which pass the weight-free thresholds; by default there are none."""
     held_out: list[str] = dataclasses.field(default_factory=list)
-    """globs of file names kept from training, or shots of a file by the seconds in which they begin:
-    "name.mp4@12.5-20" """
+    """Clips kept from training: globs of file names, or single shots of a file by the range of seconds in
+    which they begin, as in "name.mp4@12.5-20"."""
     held_out_share: float = 0.0
-    """share of the other sources that is held out too, drawn by hash"""
+    """Share of all other sources, from 0 to 1, that is held out as well; they are chosen by a hash of their
+    id."""
     duplicate_bits: int | None = 3
-    """clips of two sources whose 64-bit perceptual hashes differ in at most so many bits (0 to 3) are twins,
-    of which the largest stays (null: do not look for twins)"""
+    """Clips of two sources whose 64-bit perceptual hashes differ in at most this many bits (0 to 3) are
+    duplicates, of which only the largest is kept; null looks for no duplicates."""
     sampled_frames: int = 8
-    """frames of a clip that are measured in full size, each also against the frame after it"""
+    """Frames of each clip that are measured at full size; motion is measured between each of them and the
+    frame after it."""
     niqe_frames: int = 2
-    """how many of those NIQE gets: it takes longest"""
+    """Number of the sampled frames on which NIQE, the slowest score, is measured."""
     clips_per_shard: int = 64
-    """clips in one file of scores/: what a kill can lose"""
+    """Clips in one file of scores/; work on an unfinished file is lost when a task is killed."""
     decode_seconds: float = 120.0
-    """a clip that takes longer to measure becomes an error row"""
+    """Time limit in seconds for measuring one clip; a clip that exceeds it becomes an error row."""
     concurrency: int | None = None
-    """tasks at once (null: as many as there are cores)"""
+    """Largest number of tasks that run at once; null runs as many as the cluster has cores."""
     rethreshold: bool = False
-    """only rebuild selection/ from the scores that are there"""
+    """Whether to measure nothing and only rebuild selection/ from the scores that exist, which takes
+    seconds."""
     shared_filesystem: bool = False
-    """set to true if `data` is file:// on a folder that every node mounts"""
+    """Set this to true if `data` is a file:// URL of a folder that every node mounts; on several nodes a
+    local folder would be incomplete on each."""
 
     def __post_init__(self) -> None:
         check_urls(self)
@@ -91,15 +97,15 @@ class FilterConfig:
         )
 
 
-_GAP_S = 5.0  # a longer way from one clip to the next is sought, not decoded
+_GAP_S = 5.0  # over a longer gap between two clips the decoder seeks instead of decoding
 
 
 def score_clips(clips: list[dict[str, Any]], config: FilterConfig) -> list[dict[str, Any]]:
-    """Rows of scores/; clips that follow each other in one source share one decode of it."""
+    """Rows of scores/; consecutive clips of one source share one decode of it."""
     found: dict[str, dict[str, Any]] = {}
     for run in _runs([clip for clip in clips if clip["error"] is None]):
         made = _score_run(run, config)
-        if len(made) < len(run):  # each of the others on its own: its error is not its neighbours'
+        if len(made) < len(run):  # the others one by one, so that an error concerns one clip only
             made += [row for clip in run[len(made) :] for row in _score_run([clip], config)]
         found |= {clip["clip_id"]: row for clip, row in zip(run, made, strict=True)}
     rows = []
@@ -110,7 +116,7 @@ def score_clips(clips: list[dict[str, Any]], config: FilterConfig) -> list[dict[
 
 
 def _runs(clips: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The clips in order of source and time, those that can be decoded in one go together."""
+    """Group the clips, in order of source and time, into runs that can be decoded in one pass."""
     runs: list[list[dict[str, Any]]] = []
     for clip in sorted(clips, key=lambda clip: (clip["uri"], clip["start_pts"] or 0, clip["clip_id"])):
         before = runs[-1][-1] if runs else clip
@@ -129,7 +135,7 @@ def _score_run(clips: list[dict[str, Any]], config: FilterConfig) -> list[dict[s
     frames = config.sampled_frames, config.niqe_frames
     try:
         with source_cache.local_file(clips[0]["uri"], clips[0]["source_etag"]) as path:
-            # The stream stands first and so is asked for its end, without which its child would be given up.
+            # zip exhausts its first argument, the stream; otherwise the sandbox would give its child up.
             for row, clip in zip(
                 sandbox.stream(technical.measure_clips, clips, path, *frames), clips, strict=False
             ):
@@ -151,7 +157,7 @@ def score_shard(row: dict[str, Any], config: FilterConfig) -> dict[str, Any]:
 
 
 def read_decided(config: FilterConfig, made_by: list[str], files: list[str]) -> selection.Clips:
-    """What deciding needs of the clips in these files of clips/, with every score that is there.
+    """Read what deciding needs about the clips in these files of clips/, with every score there is.
 
     made_by: the learned scorers of this config, as "name-<fingerprint>".
     """
@@ -181,7 +187,7 @@ def learned_files(data_url: str, made_by: list[str]) -> Iterator[tuple[str, list
 
 
 def score_learned(config: FilterConfig, made_by: list[str], files: list[str]) -> list[dict[str, Any]]:
-    """Give every clip that passes the weight-free scores the learned ones that it lacks; shards' reports."""
+    """Compute the learned scores that passing clips still lack; returns the shards' reports."""
     lacking = read_decided(config, made_by, files).lacking
     reports: list[dict[str, Any]] = []
     if not lacking.any():
@@ -215,7 +221,7 @@ def _rows_of(files: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def rebuild_selection(config: FilterConfig, made_by: list[str], summary: stage.Summary) -> None:
-    """Write selection/ anew from clips/ and the scores that are there, and count."""
+    """Rewrite selection/ from clips/ and the existing scores, and count."""
     # The list is made once: each pass must see the same files in the same order.
     files = storage.parquet_files(storage.join(config.data, schema.CLIPS))
     clips = read_decided(config, made_by, files)
@@ -252,7 +258,7 @@ def rebuild_selection(config: FilterConfig, made_by: list[str], summary: stage.S
 
 
 def read_spreads(config: FilterConfig, made_by: list[str]) -> dict[str, filter_report.Spread]:
-    """Every score's values over all clips, beside its threshold."""
+    """The values of every score over all clips, with its threshold."""
     meanings = technical.SCORES | schema.LEARNED_MEANINGS
     spreads = {
         name: filter_report.Spread(meaning, config.thresholds.get(name, Threshold()))
@@ -282,7 +288,7 @@ def iterate_clips(data_url: str) -> Iterator[dict[str, Any]]:
 
 
 def run(config: FilterConfig) -> stage.Summary:
-    """Score what has no scores yet, then decide for all."""
+    """Score the clips that have no scores yet, then decide for all."""
     folder = storage.join(config.data, schema.SCORES)
     files = storage.parquet_files(storage.join(config.data, schema.CLIPS))
     if not files:

@@ -1,7 +1,7 @@
-"""selection/scores.html: how each score spreads over the clips, and what its threshold cuts.
+"""The page selection/scores.html: the distribution of each score, and what its threshold cuts.
 
-One page without scripts or further files. Scores are read a file at a time, and of each a bounded sample is
-kept for its histogram and quantiles; what a threshold cuts is counted exactly.
+It is a single page without scripts or further files. Scores are read one file at a time; a bounded sample of
+each is kept for its histogram and quantiles, while what a threshold cuts is counted exactly.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ class Spread:
     threshold: Threshold
     clips: int = 0
     below: int = 0
-    """clips that the threshold's min cuts, whatever other thresholds do"""
+    """Clips cut by the threshold's min, regardless of other thresholds."""
     above: int = 0
     sample: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
-    """every n-th value, n doubling as they grow many"""
+    """Every n-th value; n doubles whenever there are too many."""
     _step: int = 1
 
     def add(self, values: np.ndarray) -> None:

@@ -1,8 +1,8 @@
 """Ingest: list videos and images, probe them, cut them into clips, write clips/.
 
-One planned row is one source; one task makes the clips of a few sources. What cannot be read becomes one
-row with `error` set, so that every file that was listed stands in the table. A long source is scanned in time
-spans, one task each, whose results are kept until its clips are written.
+One planned row is one source; one task makes the clips of a few sources. A file that cannot be read becomes
+one row with `error` set, so that every listed file is in the table. A long source is scanned in time spans,
+one task each, whose results are kept until its clips are written.
 """
 
 import contextlib
@@ -24,51 +24,59 @@ from pipeline.video import decoding
 from pipeline.video.sandbox import MediaError, Sandbox
 from pipeline.video.sandbox import shared as shared_sandbox
 
-_SPANS = "_spans"  # below clips/: what was scanned of sources that are not yet in the table
+_SPANS = "_spans"  # below clips/: scans of sources that are not in the table yet
 
 
 @dataclasses.dataclass(frozen=True)
 class IngestConfig:
     input: Url
-    """Folder with videos and images (file:///..., an absolute path or s3://bucket/prefix), searched with
-    its subfolders. A caption may lie beside a file: name.txt, or name.json with the keys caption, license
+    """Folder with videos and images (file:///..., an absolute path or s3://bucket/prefix), searched with its
+    subfolders. A caption may lie beside a file as name.txt, or as name.json with the keys caption, license
     and dataset."""
     output: Url
-    """Data root; the table is written to <output>/clips."""
+    """Absolute URL of the data root; the table of clips is written to clips/ below it."""
     manifest: Url | None = None
-    """CSV, TSV or Parquet file that names the files to take, by their paths below input, instead of a search.
-    Columns: path (or video, file_name, ...; WebVid's videoid and page_dir), and if there are any caption (or
-    text, name), license, dataset, bytes. Sidecar files are not looked for then."""
+    """CSV, TSV or Parquet file that lists the files to take, by their paths below `input`; null searches the
+    folder instead. Columns are the path (path, video, file_name and others, or WebVid's videoid and page_dir)
+    and optionally the caption (caption, text or name), license, dataset and bytes. With a manifest, caption
+    files beside the media are ignored."""
     exclude: list[str] = dataclasses.field(default_factory=list)
-    """Globs of paths below input to leave out, e.g. "raw/*"."""
+    """Globs of paths below `input` to leave out, such as "raw/*"."""
     dataset: str = ""
-    """Name of the data set, kept with every clip that has no other in its sidecar file."""
+    """Name of the data set, stored with every clip whose caption file or manifest row does not give one."""
     license: str = ""
-    """Licence of the files, kept with every clip that has no other in its sidecar file."""
+    """Licence of the files, stored with every clip whose caption file or manifest row does not give one."""
     max_clip_frames: int = 121
-    """Longer shots are cut into clips of this many frames. 121 = 4n+1, as the model takes frames."""
+    """Largest number of frames of a clip; longer shots are cut into clips of this length, which is best of
+    the form 4n+1, as the model takes frames."""
     min_clip_frames: int = 9
-    """Shorter shots, and shorter tails of cut shots, are left out, unless the file has nothing longer."""
+    """Smallest number of frames of a clip; shorter shots and shorter ends of cut shots are left out, unless
+    the file has nothing longer."""
     segment_s: float = 300.0
-    """Longer videos are scanned in parts of so many seconds, each by a task. The clips do not change."""
+    """Length in seconds of the parts in which longer videos are scanned, each by its own task; it does not
+    change the clips."""
     cut_ratio: float = 3.0
-    """A hard cut is where a frame's difference to the one before is this many times that around it."""
+    """A frame begins a new shot if its difference to the frame before is at least this many times the average
+    difference around it."""
     cut_difference: float = 15.0
-    """... and at least this large: mean difference of hue, saturation and brightness, 0 to 255."""
+    """Smallest difference between two frames that counts as a cut: the mean difference of hue, saturation and
+    brightness, from 0 to 255."""
     fade_level: float = 12.0
-    """A shot also ends where the picture's mean falls below this level (0 to 255): fades through black."""
+    """Mean brightness, from 0 to 255, below which a shot ends; this finds fades through black."""
     max_pixels: int = 8192 * 4608
-    """Files with more pixels a frame are not decoded and become error rows."""
+    """Largest number of pixels in a frame; files with more are not decoded and become error rows."""
     time_limit_s: float = 30.0
-    """How long a decoder may take for 32 frames before it is ended and the file becomes an error row."""
+    """Time in seconds that a decoder may take for 32 frames before it is stopped and its file becomes an
+    error row."""
     memory_limit_gib: float = 6.0
-    """Address space of each decoding process, GiB."""
+    """Largest address space of each decoding process, in GiB; a file that needs more becomes an error row."""
     sources_per_shard: int = 8
-    """Source files for each task and output file: smaller loses less in a kill, larger makes fewer files."""
+    """Source files in each task and output file: a smaller number loses less work when a task is killed, a
+    larger one makes fewer files."""
     concurrency: int | None = None
-    """Tasks at a time; none: as many as the cluster has cores."""
+    """Largest number of tasks that run at once; null runs as many as the cluster has cores."""
     shared_filesystem: bool = False
-    """Say true if every node of the cluster sees file:// URLs as the same folder."""
+    """Set this to true if file:// URLs name the same folders on every node of the cluster."""
 
     def __post_init__(self) -> None:
         check_urls(self)
@@ -157,7 +165,7 @@ def _rows(
         about = shots.Source(found.coded_size, found.fps, found.time_base)
         clips = shots.cut(_scan(source, found, about, path, config, sandbox), config.cutting, about)
         if not clips:
-            raise MediaError("no undamaged frame of it can be decoded")
+            raise MediaError("it has no undamaged frame that can be decoded")
     rows = []
     for clip in clips:
         clip_id = hashing.stable_id(source["path"], source["bytes"], clip["start_pts"], clip["end_pts"])
@@ -177,7 +185,7 @@ def _scan(
     config: IngestConfig,
     sandbox: Sandbox,
 ) -> np.ndarray:
-    """Every frame of a video, as an array of shots.FRAME: in one pass, or a long one in spans by tasks."""
+    """Scan a video's frames into an array of shots.FRAME; a long one is scanned in spans, by tasks."""
     begins = shots.spans(found.start_pts, found.duration_s, config.segment_s, found.time_base)
     if len(begins) > 1:
         task = ray.remote(num_cpus=1, scheduling_strategy="SPREAD", max_retries=3)(scan_span)
@@ -217,8 +225,11 @@ def _spans_folder(source: dict[str, Any], config: IngestConfig) -> str:
 def scan_span(
     source: dict[str, Any], about: shots.Source, begin: int | None, end: int | None, config: IngestConfig
 ) -> np.ndarray | None:
-    """One task: the frames of one span (begin None: from the start) and of the overlap before it, from an
-    earlier run if it was killed after this; None if they cannot all be read, so that one pass must."""
+    """One task: the frames of one span, with the overlap before it; begin None means from the start.
+
+    If an earlier run was killed after this task, its result is used. None means that not all frames can be
+    read, so that the file has to be scanned in one pass.
+    """
     url = _span_url(source, begin, end, config)
     with contextlib.suppress(FileNotFoundError):
         return np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
@@ -251,7 +262,7 @@ def ingest_shard(row: dict[str, Any], config: IngestConfig) -> dict[str, Any]:
         return [clip for source in planned for clip in ingest_source(source, config, _sandbox(config))]
 
     report = work_plan.make_shard(folder, row["shard"], table_schema, make_rows)
-    for source in made:  # the clips are safe: what was kept to make them is not needed any more
+    for source in made:  # the clips are written, so the scans behind them can go
         storage.remove_folder(_spans_folder(source, config))
     return report
 

@@ -1,4 +1,4 @@
-"""The clips that selection/ keeps: what every stage after the filter works on."""
+"""The clips that selection/ keeps, which all stages after the filter work on."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ class KeptClips:
     """The clips that selection/ keeps, by id: their split, and the text tokens of those that have text."""
 
     def __init__(self, data_url: str) -> None:
-        """ValueError if there is no selection, or it keeps nothing."""
+        """Read the selection; ValueError if there is none, or if it keeps no clip."""
         ids, held_out = [np.zeros(0, f"S{ID_BYTES}")], [np.zeros(0, bool)]
         files = storage.parquet_files(storage.join(data_url, schema.SELECTION))
         if not files or not storage.parquet_files(storage.join(data_url, schema.CLIPS)):
@@ -51,7 +51,7 @@ class KeptClips:
             self._text_tokens[places[places >= 0]] = tokens[places >= 0]
 
     def same_text(self, tokens: int) -> None:
-        """Every clip has the same text of so many tokens."""
+        """Give every clip the same number of text tokens."""
         self._text_tokens[:] = tokens
 
 

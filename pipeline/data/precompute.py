@@ -1,8 +1,8 @@
-"""Kept clips -> text/ (embeddings, once a clip) and latents/ (HQ and LQ of every sample) with its index.
+"""Kept clips -> text/ (embeddings, once per clip) and latents/ (HQ and LQ of every sample) with its index.
 
-Pixels live only in memory: a CPU task decodes, crops and degrades one sample, an encoder actor turns it
-into two latents, and one shard of samples becomes one file. A sample's row depends on its id, the
-clip's bytes, the recipe, the seed and the models alone, so a row made again is the same to the bit.
+Pixels exist only in memory: a CPU task decodes, crops and degrades one sample, an encoder actor turns it into
+two latents, and one shard of samples becomes one file. A sample's row depends only on its id, the clip's
+bytes, the recipe, the seed and the models, so a row made again is identical to the bit.
 """
 
 import dataclasses
@@ -50,21 +50,23 @@ class SampleConfig:
     """What samples are made of clips, and with which models: the same beforehand and while training."""
 
     vae: Url
-    """URL of a folder of trained autoencoder weights, or of the released autoencoder's file"""
+    """URL of a folder of trained autoencoder weights, or of the released autoencoder's file."""
     buckets: list[cropping.Bucket]
-    """sizes that samples are cropped to: one or more for each progressive stage, and 1-frame ones"""
+    """Sizes to which samples are cropped: one or more for each training stage, and sizes of 1 frame for
+    images."""
     text: text_embeddings.TextConfig | None = None
-    """the text encoders that embed the captions; exactly one of text and fixed_text"""
+    """Text encoders that embed the captions; give exactly one of `text` and `fixed_text`."""
     fixed_text: text_embeddings.FixedTextConfig | None = None
-    """one prompt for all clips, to fine-tune a released backbone: no text encoder is needed"""
+    """One prompt for all clips, for fine-tuning a released transformer; no text encoder is needed. Give
+    exactly one of `text` and `fixed_text`."""
     native: cropping.Native | None = None
-    """also samples of each clip's own size (null: none)"""
+    """Limits of additional samples at each clip's own size; null makes none."""
     video_recipe: RecipeConfig = REALBASICVSR
-    """degradations of videos"""
+    """Recipe that degrades videos; the default is RealBasicVSR's."""
     image_recipe: RecipeConfig = REALESRGAN
-    """degradations of images"""
+    """Recipe that degrades images; the default is Real-ESRGAN's."""
     decode_seconds: float = 120.0
-    """seconds after which the decoding of a sample counts as failed"""
+    """Time limit in seconds for decoding one sample; a sample that exceeds it becomes an error row."""
 
     def __post_init__(self) -> None:
         check_urls(self)
@@ -82,27 +84,32 @@ class PrecomputeConfig(SampleConfig):
     """What `jobs.precompute` reads: the samples, and where and how they are made."""
 
     data: str
-    """absolute URL of the data root that holds clips/ and selection/; text/ and latents/ are written there"""
+    """Absolute URL of the data root that holds clips/ and selection/; text/ and latents/ are written
+    there."""
     variants: int = 1
-    """random crops and degradations of each clip in each bucket"""
+    """Number of random crops and degradations of each clip in each bucket; time and storage grow in
+    proportion."""
     seed: int = 0
-    """of crops, degradations and posterior samples"""
+    """Seed of the crops, the degradations and the autoencoder's posterior samples."""
     samples_per_shard: int = 64
-    """samples in one output file: what a kill can lose"""
+    """Samples in one output file; work on an unfinished file is lost when an encoder is killed."""
     encode_actors: int = 1
-    """processes that encode; one for each GPU of the encode nodes"""
+    """Number of processes that encode: one for each GPU of the nodes that encode."""
     encode_cpus: float = 1.0
-    """CPU cores reserved for each of them"""
+    """CPU cores reserved for each encoding process."""
     encode_gpus: float = 0.0
-    """GPUs reserved for each of them"""
+    """GPUs reserved for each encoding process; 0 encodes on the CPU."""
     samples_in_flight: int = 4
-    """decoded samples waiting for each encoder (bounds the object store: 74 MB each at 21x768x768)"""
+    """Decoded samples that may wait for each encoder, which bounds the object store: a sample of 21x768x768
+    takes 74 MB."""
     dry_run: bool = False
-    """make nothing: print the rows, bytes and hours to expect, from a measured sample of each bucket"""
+    """Whether to write no sample and only report the rows, bytes and hours to expect, estimated from a few
+    samples of each bucket."""
     dry_run_samples: int = 4
-    """samples of each bucket that a dry run measures"""
+    """Samples of each bucket that a dry run measures."""
     shared_filesystem: bool = False
-    """set to true if `data` is file:// on a folder that every node mounts"""
+    """Set this to true if `data` is a file:// URL of a folder that every node mounts; on several nodes a
+    local folder would be incomplete on each."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,7 +120,7 @@ class PrecomputeConfig(SampleConfig):
 
 @torch.no_grad()
 def encode_pair(vae: CausalVideoAutoencoder, hq: np.ndarray, lq: np.ndarray, seed: int) -> dict[str, Any]:
-    """The latent columns of one sample. HQ and LQ are one batch, whoever the neighbours are."""
+    """The latent columns of one sample; HQ and LQ are a batch of their own, so the result is reproducible."""
     parameter = next(vae.parameters())
     pixels = torch.cat([pixel_range.to_network(pair, parameter.device) for pair in (hq, lq)])
     mean, log_variance = vae.encode(pixels.to(parameter.dtype))
@@ -148,8 +155,10 @@ class EncodeShard:
         return report
 
     def measure(self, planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What each sample costs, nothing kept: {bucket, cpu_s, encode_s, bytes}; without the first, which
-        warms up."""
+        """Measure what each sample costs and keep nothing: {bucket, cpu_s, encode_s, bytes}.
+
+        The first sample is processed twice, since its first pass only warms up.
+        """
         costs = []
         for sample, pixels in self._prepared([planned[0], *planned]):
             start = time.monotonic()
@@ -228,7 +237,7 @@ def index_file(latents_url: str, shard: work_plan.Shard) -> None:
 
 
 def complete_index(latents_url: str) -> int:
-    """Index the files whose maker was killed before it could; returns the samples in the whole index."""
+    """Index the files whose task was killed before it could; returns the number of indexed samples."""
     index_url = storage.join(latents_url, schema.INDEX)
     made = {url.rsplit("/", 1)[1] for url in storage.parquet_files(latents_url)}
     missing = made - {url.rsplit("/", 1)[1] for url in storage.parquet_files(index_url)}

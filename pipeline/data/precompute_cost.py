@@ -1,6 +1,6 @@
-"""What a run of precompute will cost, told from a few measured samples of each bucket.
+"""Estimate of what a precompute run will cost, from a few measured samples of each bucket.
 
-All planned samples are counted; the measured ones are drawn by hash, so they are a fair sample of the clips.
+All planned samples are counted; those to measure are drawn by hash, so they are a fair sample of the clips.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def details(costs: list[BucketCost], encoders: int, gpus_each: float, cores: flo
 
 
 def table(costs: list[BucketCost]) -> str:
-    """The buckets for a person."""
+    """The buckets as a human-readable table."""
     lines = [
         f"   {'bucket':<14}{'samples':>10}{'GB':>10}{'CPU s each':>12}{'encode s each':>15}{'measured':>10}"
     ]

@@ -28,7 +28,7 @@ class PixelConfig:
 
 
 def degrade(frames: np.ndarray, clip: dict[str, Any], config: PixelConfig, seed: int) -> dict[str, Any]:
-    """HQ (the frames, sharpened if the recipe says so) and LQ, uint8 (T, H, W, 3), and what made it."""
+    """Degrade frames: HQ (sharpened if the recipe says so) and LQ, uint8 (T, H, W, 3), and their record."""
     recipe = config.image_recipe if clip["media"] == "image" else config.video_recipe
     shape = (frames.shape[0], frames.shape[1], frames.shape[2])
     degradation = draw(recipe, seed, shape, clip["fps"] or 25.0)

@@ -1,8 +1,9 @@
-"""selection/ from clips/ and scores/: which clips to use, which are twins, which are held out from training.
+"""Decides which clips to use, which are duplicates and which are held out: clips/ + scores/ -> selection/.
 
-Needs no pixels, so it is rebuilt as a whole in seconds whenever a threshold changes. Clips are held as arrays
-of some 70 bytes each, never as rows, so that millions fit a driver's memory: `Clips.add` takes clips/ file
-by file, `Clips.judge` takes scores/ file by file, `decide` looks at all, `rows` gives each file's decisions.
+Deciding needs no pixels, so selection/ is rebuilt as a whole in seconds whenever a threshold changes. Clips
+are held as arrays of some 70 bytes each, never as rows, so that millions fit into a driver's memory:
+`Clips.add` takes clips/ and `Clips.judge` takes scores/ file by file, `decide` looks at all clips, and `rows`
+gives each file's decisions.
 """
 
 import dataclasses
@@ -30,9 +31,9 @@ class Threshold:
     """A clip is kept if min <= score <= max; a score that does not apply (null) rejects nothing."""
 
     min: float | None = None
-    """Smallest score to keep."""
+    """Smallest score with which a clip is kept; null sets no lower limit."""
     max: float | None = None
-    """Largest score to keep."""
+    """Largest score with which a clip is kept; null sets no upper limit."""
 
     def reason(self, name: str, value: float | None) -> str | None:
         """Why this value is rejected, or None."""
@@ -46,7 +47,7 @@ class Threshold:
 
 
 def _bands() -> list[np.uint64]:
-    """The bit masks of all threes of bands."""
+    """Bit masks of all combinations of three bands."""
     masks, first = [], 0
     for width in _BANDS:
         masks.append(((1 << width) - 1) << first)
@@ -128,7 +129,7 @@ def check_held_out(patterns: list[str]) -> None:
 
 
 class Clips:
-    """What deciding needs to know of each clip, in the order in which the clips come."""
+    """The facts about each clip on which decisions depend, in the order in which the clips are added."""
 
     def __init__(
         self, thresholds: dict[str, Threshold], held_out: list[str], scorers: Mapping[str, Sequence[str]]
@@ -178,14 +179,15 @@ class Clips:
         return len(self.ids)
 
     def judge(self, scores: pa.Table) -> None:
-        """Hold rows of scores/ (clip_id, the scores with a threshold, error) against the thresholds."""
+        """Check rows of scores/ (clip_id, the scores with a threshold, error) against the thresholds."""
         places = self._lookup.find(id_array(scores["clip_id"].to_pylist()))
         self._decide(scores, places, (places >= 0) & (self.cause[places] != _ERROR))
 
     def judge_learned(self, scores: pa.Table, made_by: Sequence[str]) -> None:
-        """Hold rows of learned_scores/ against the thresholds; after the last `judge`.
+        """Check rows of learned_scores/ against the thresholds; after the last `judge`.
 
-        made_by: what made these rows. What came before stays: a network only judges clips that passed so far.
+        made_by: the scorers that made these rows. Earlier rejections stay: a network only judges clips that
+        passed so far.
         """
         places = self._lookup.find(id_array(scores["clip_id"].to_pylist()))
         known = places >= 0
@@ -215,7 +217,7 @@ class Clips:
         self.cause[places[open_]], self.value[places[open_]] = cause[open_], value[open_]
 
     def ask(self) -> None:
-        """After the last `judge`: the clips that pass are those that get learned scores."""
+        """After the last `judge`: the clips that pass will get learned scores."""
         self._asked = self.cause == _PASSES
         self._found = np.zeros(len(self.ids), np.uint8)
 
@@ -226,7 +228,7 @@ class Clips:
         return np.where(self._asked, ~self._found & every, np.uint8(0))
 
     def settle(self) -> None:
-        """After the last `judge_learned`: a clip that lacks a score with a threshold is not kept yet."""
+        """After the last `judge_learned`: clips that still lack a score with a threshold are not kept yet."""
         with_threshold = sum(
             1 << bit for bit, columns in enumerate(self._scorers.values()) if set(columns) & set(self._names)
         )
@@ -238,7 +240,7 @@ class Clips:
         return int((self.cause == _NOT_SCORED).sum())
 
     def reason(self, index: int, clip_error: str | None) -> str | None:
-        """Why a clip is rejected whatever its twins are, or None."""
+        """Why a clip is rejected, regardless of its duplicates; None if it is not."""
         cause = int(self.cause[index])
         if cause >= 0:
             name = self._names[cause]
@@ -250,17 +252,17 @@ class Clips:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What looking at all clips at once gives."""
+    """The decisions that need all clips at once."""
 
     twin: np.ndarray  # (N,) index of the clip that this one is a duplicate of, or -1
     held_out: np.ndarray  # (N,) bool
 
 
 def decide(clips: Clips, duplicate_distance: int | None, held_out_share: float) -> Decision:
-    """Twins and sides of all clips.
+    """Find the duplicates and the split of all clips.
 
-    Of a group of twins the largest clip that passes stays, others from other sources go; neighbours within
-    one source are no twins of each other (a still camera makes them alike).
+    Of a group of duplicates the largest clip that passes is kept and those from other sources are rejected;
+    neighbours within one source are not duplicates of each other (a still camera makes them alike).
     """
     labels = np.arange(len(clips), dtype=np.int32)
     if duplicate_distance is not None and clips.hashed.any():
@@ -284,11 +286,11 @@ def decide(clips: Clips, duplicate_distance: int | None, held_out_share: float) 
 def split(
     clips: Clips, labels: np.ndarray, sources: np.ndarray, source: np.ndarray, held_out_share: float
 ) -> np.ndarray:
-    """Whether each clip is held out; neither a source nor a group of twins is on both sides.
+    """Decide whether each clip is held out; no source and no group of duplicates is on both sides.
 
-    labels: each clip's group of twins, by its first clip. sources: sorted ids; source: each clip's one.
-    Sources with twins in each other are one unit. A pattern without a time span holds out its unit; one
-    with a span only the clips that begin in it, and their twins.
+    labels: the first clip of each clip's group of duplicates. sources: sorted ids; source: the index of each
+    clip's source. Sources that contain duplicates of each other are one unit. A pattern without a time span
+    holds out its unit; one with a span holds out only the clips that begin in it, and their duplicates.
     """
     linked = np.flatnonzero(labels != np.arange(len(labels)))
     pairs = np.stack([source[linked], source[labels[linked]]])
@@ -309,7 +311,7 @@ def split(
 
 
 def rows(clips: Clips, decision: Decision, first: int, table: pa.Table) -> list[dict[str, Any]]:
-    """Rows of selection/ for one file of clips/ (clip_id, error), whose first clip has number `first`."""
+    """Rows of selection/ for one file of clips/ (clip_id, error); `first` is the number of its first clip."""
     made = []
     ids, errors = table["clip_id"].to_pylist(), table["error"].to_pylist()
     for index, (clip_id, error) in enumerate(zip(ids, errors, strict=True), start=first):

@@ -5,7 +5,7 @@ back); `join` puts the spans of one source together; `cut` decides where clips b
 whole source's numbers, so that a source scanned in parts gives the clips of one pass.
 
 Cuts are found with PySceneDetect's detectors on our own decoder's frames: AdaptiveDetector for hard cuts (a
-frame that differs far more than its neighbours do, so fast motion is no cut), ThresholdDetector for fades
+frame that differs far more than its neighbours, so fast motion is not a cut), ThresholdDetector for fades
 through black.
 """
 
@@ -26,20 +26,20 @@ SCAN_SIDE_PX = 256
 """The longer side of the frames on which cuts are sought."""
 
 OVERLAP_S = 2.0
-"""A span is scanned from this long before its beginning: what the frames before it change is far within, and
-the two scans of the overlap must agree."""
+"""A span is scanned from this long before its beginning: far longer than earlier frames have an effect, and
+so that the two scans of the overlap can be compared."""
 
-_MAX_SPANS = 2000  # a week in spans of 5 minutes; a longer duration is a forged header's
+_MAX_SPANS = 2000  # a week in spans of 5 minutes; a longer duration comes from a forged header
 _HASH_SIDE_PX = 32
 _PROGRESS_FRAMES = 32
 _DAMAGED, _INTERLACED = 1, 2
 VERSION = 1
-"""Goes up when the same file would give other clips."""
+"""Increased when the same file would give other clips."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cutting:
-    """What decides where clips begin and end."""
+    """The settings that decide where clips begin and end."""
 
     max_clip_frames: int
     min_clip_frames: int
@@ -50,7 +50,7 @@ class Cutting:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a scan must know of the whole source, from its probe."""
+    """What a scan has to know about the whole source, from its probe."""
 
     size: tuple[int, int]  # coded (width, height) of the first frame
     fps: Fraction
@@ -99,10 +99,11 @@ def _hash_bits(grey: np.ndarray) -> int:
 def scan(
     path: str, max_pixels: int, source: Source, start_pts: int | None = None, end_pts: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yield `{"frames": array of FRAME}` every so often, at last `{"frames": ..., "stopped": reason or ""}`.
+    """Yield `{"frames": array of FRAME}` from time to time.
 
-    start_pts, end_pts: the span to look at, all of it if None. Frames that the decoder marks as damaged, or
-    whose size differs from the source's, are flagged and belong to no clip.
+    The last item also has "stopped": the reason why scanning stopped before the end, or "". start_pts,
+    end_pts: the span to scan, or the whole source if None. Frames that the decoder marks as damaged, or whose
+    size differs from the source's, are flagged and belong to no clip.
     """
     convert, detector = colour.RgbConverter(SCAN_SIDE_PX), _FrameScore()
     found: list[tuple[Any, ...]] = []
@@ -129,8 +130,10 @@ def scan(
 
 
 def spans(start_pts: int, duration_s: float | None, segment_s: float, time_base: Fraction) -> list[int]:
-    """Where the spans of a source begin, in ticks; one span if its length is unknown, not much over one, or
-    beyond belief."""
+    """Where the spans of a source begin, in ticks.
+
+    There is a single span if the source's length is unknown, not much over one span, or implausible.
+    """
     count = round((duration_s or 0.0) / segment_s)
     if not 1 < count <= _MAX_SPANS:
         return [start_pts]
@@ -139,8 +142,10 @@ def spans(start_pts: int, duration_s: float | None, segment_s: float, time_base:
 
 
 def join(parts: list[np.ndarray], begins: list[int], time_base: Fraction) -> np.ndarray | None:
-    """The frames of consecutive spans as those of one pass; None if the scans do not agree where they overlap
-    (seeking in this file does not lead where it should), so that only one pass can tell.
+    """Join the frames of consecutive spans as if they had been scanned in one pass.
+
+    Returns None if the scans disagree where they overlap: seeking in this file is unreliable, so only a
+    single pass can tell.
 
     parts: FRAME arrays, each scanned from OVERLAP_S before its beginning; begins: the beginnings, in ticks.
     """
@@ -185,10 +190,10 @@ def cut(frames: np.ndarray, cutting: Cutting, source: Source) -> list[dict[str, 
 
 
 def _pieces(edges: list[int], damaged: set[int], cutting: Cutting) -> list[tuple[int, int]]:
-    """[first, last) frame indices of the clips.
+    """The clips as [first, last) frame indices.
 
-    Shots are cut into pieces of max_clip_frames from their start; a piece (so, a shot or its tail) with
-    fewer than min_clip_frames is left out, unless nothing else is left of the source.
+    Shots are cut into pieces of max_clip_frames from their start; a piece (a shot or the end of one) shorter
+    than min_clip_frames is left out, unless the source has nothing else.
     """
     edges = sorted({*edges, *damaged, *(index + 1 for index in damaged)})
     pieces = [

@@ -35,9 +35,10 @@ class FixedTextConfig:
     """The prompt that a released backbone is trained and used with, whatever the clip shows."""
 
     positive: Url
-    """URL of the release's pos_emb.pt"""
+    """URL of the released positive prompt, pos_emb.pt."""
     negative: Url
-    """URL of its neg_emb.pt; training now and then takes it in place of the positive one"""
+    """URL of the released negative prompt, neg_emb.pt; training takes it now and then in place of the
+    positive one, so that guidance works."""
 
     def __post_init__(self) -> None:
         check_urls(self, "fixed_text.")
@@ -68,19 +69,19 @@ def null_metadata(null: TextEmbedding) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ClipTexts:
-    """Every clip has its own text."""
+    """Texts of which every clip has its own."""
 
     null: TextEmbedding
     """of ''"""
 
     def prompts(self) -> weights_folder.Prompts:
-        """What a model trained on these is used with."""
+        """The prompts to use with a model trained on these texts."""
         return weights_folder.Prompts(*text_encoders.join(self.null, self.null, False, False, False))
 
 
 @dataclasses.dataclass(frozen=True)
 class FixedTexts:
-    """One prompt for every clip: (L, D) each, fp32."""
+    """One prompt shared by all clips: (L, D) each, fp32."""
 
     positive: Tensor
     negative: Tensor
@@ -90,7 +91,7 @@ class FixedTexts:
         return self.negative if dropped else self.positive, torch.empty(0)
 
     def prompts(self) -> weights_folder.Prompts:
-        """What a model trained on these is used with."""
+        """The prompts to use with a model trained on these texts."""
         return weights_folder.Prompts(null=self.negative, positive=self.positive)
 
 

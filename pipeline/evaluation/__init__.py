@@ -1,3 +1,4 @@
-"""Restored video against the truth, other methods, the paper's tables, benchmark sets and studies.
+"""Comparison of restored video with the truth, other methods and the paper's tables; sets and studies.
 
-May import everything else of the pipeline."""
+May import everything else of the pipeline.
+"""

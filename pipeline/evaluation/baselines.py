@@ -1,7 +1,7 @@
-"""Filters without weights, which a network must beat before it has restored anything.
+"""Filters without weights: the baselines that a network has to beat.
 
-A filter takes uint8 (H, W, 3) frames one after the other and gives as many of the same size. Its name is how
-a command says it: `none`, `median`, `mean3`, `gaussian:1.3` (the deviation in pixels).
+A filter maps uint8 (H, W, 3) frames, one after the other, to as many frames of the same size. Commands name
+it as `none`, `median`, `mean3` or `gaussian:1.3` (the standard deviation in pixels).
 """
 
 import functools
@@ -15,7 +15,7 @@ import numpy as np
 Filter = Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]
 SIGMAS_PX = (0.4, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0)
 GRID = ("median", "mean3", *(f"gaussian:{sigma}" for sigma in SIGMAS_PX))
-"""The filters that a table compares with; which of them is best is chosen on training clips."""
+"""Filters to compare with; the best of them is chosen on training clips."""
 
 
 def by_name(name: str) -> Filter:
@@ -44,7 +44,7 @@ def gaussian(frame: np.ndarray, sigma_px: float) -> np.ndarray:
 
 
 def mean_of_three(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Each frame's mean with its neighbours in time; at the ends with the one that there is."""
+    """The mean of each frame and its neighbours in time; the first and last frames have only one."""
     window: deque[np.ndarray] = deque(maxlen=3)
     for index, frame in enumerate(itertools.chain(frames, (None,))):
         if frame is not None:

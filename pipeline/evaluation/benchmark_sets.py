@@ -1,4 +1,4 @@
-"""The sets that papers measure on, described in configs/sets.yaml: what they hold, where they are from."""
+"""The papers' test sets, described in configs/sets.yaml: what they hold and where they come from."""
 
 import dataclasses
 from pathlib import Path
@@ -30,7 +30,7 @@ def load(name: str) -> BenchmarkSet:
 
 
 def check(name: str, clips: int, has_truth: bool) -> None:
-    """ValueError, in one line, if what the user has is not the set: another number of clips, or no truth."""
+    """Raise ValueError if the user's folder is not the set: a different number of clips, or no truth."""
     described = load(name)
     if described.clips is not None and clips != described.clips:
         raise ValueError(

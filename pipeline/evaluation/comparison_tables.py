@@ -1,4 +1,4 @@
-"""Tables of metrics: means with standard errors, as Markdown and HTML, the best and second of each marked."""
+"""Tables of metrics: means with standard errors, as Markdown and HTML, with the best and second marked."""
 
 import html
 import math
@@ -11,8 +11,10 @@ NOTHING: dict[str, Any] = {"mean": None, "standard_error": None, "clips": 0}
 
 
 def means(rows: list[dict[str, Any]], metrics: tuple[str, ...]) -> list[dict[str, Any]]:
-    """One row per method, in the order of first appearance: clips measured, errors, and of each metric
-    {mean, standard_error, clips} over the clips that have it (mean null where none has)."""
+    """One row per method, in the order of first appearance: clips measured, errors, and its metrics.
+
+    A metric is {mean, standard_error, clips} over the clips that have it, with mean null if none has.
+    """
     result = []
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
@@ -36,7 +38,7 @@ def _mean(values: list[float]) -> dict[str, Any]:
 
 
 def ranks(table: list[dict[str, Any]], metric: str, ceiling: str) -> dict[str, int]:
-    """Place 1, 2, ... of each method that has the metric; the ceiling is no competitor."""
+    """Rank (1, 2, ...) of each method that has the metric; the ceiling does not compete."""
     having = [row for row in table if row[metric]["mean"] is not None and row["method"] != ceiling]
     better = 1 if metric_table.metric(metric).lower_is_better else -1
     ordered = sorted(having, key=lambda row: better * row[metric]["mean"])
@@ -63,7 +65,7 @@ def mean_text(entry: dict[str, Any], metric: str) -> str:
 MARKDOWN = (("**", "**"), ("<u>", "</u>"))
 HTML = (("<b>", "</b>"), ("<u>", "</u>"))
 LATEX = (("\\textbf{", "}"), ("\\underline{", "}"))
-"""What stands around the best and the second."""
+"""Markup around the best and the second."""
 
 Marks = tuple[tuple[str, str], tuple[str, str]]
 

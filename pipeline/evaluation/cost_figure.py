@@ -1,7 +1,7 @@
-"""Quality against cost, as the paper's figure 1: of each method a dot at its seconds a frame and its quality.
+"""Quality against cost, like the paper's figure 1: one dot per method at its seconds per frame and quality.
 
-Reads `evaluation.json` of `jobs.evaluate`, which holds both; a dot's area is its number of parameters, its
-peak memory stands beside it. Writes `figure1.png` and `figure1.md`.
+Reads `evaluation.json` of `jobs.evaluate`, which holds both. A dot's area stands for its number of
+parameters, and its peak memory is written next to it. Writes `figure1.png` and `figure1.md`.
 """
 
 import dataclasses
@@ -23,11 +23,12 @@ class FigureConfig:
     """What `jobs.figure` reads."""
 
     evaluation: Url
-    """absolute URL of the folder that jobs.evaluate wrote"""
+    """Absolute URL of the folder that `jobs.evaluate` wrote."""
     output: Url
-    """absolute URL of the folder for figure1.png and figure1.md"""
+    """Absolute URL of the folder to which figure1.png and figure1.md are written."""
     metric: str = "psnr_rgb"
-    """the quality on the vertical axis, a column of the evaluation (the paper: dover_technical_x100)"""
+    """Metric on the vertical axis, a column of the evaluation; the paper's figure shows
+    dover_technical_x100."""
 
     def __post_init__(self) -> None:
         check_urls(self)

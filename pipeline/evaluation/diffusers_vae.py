@@ -17,7 +17,7 @@ from pipeline.video import pixel_range
 
 CONFIG_FILE = "config.json"
 FRAMES_AT_ONCE = 8
-"""of an image model: a batch of so many frames"""
+"""Batch of frames that an image model gets at a time."""
 
 
 def class_name(folder: Path) -> str | None:
@@ -40,7 +40,7 @@ class DiffusersAutoencoder:
         name = class_name(folder)
         kind = getattr(diffusers, name, None) if name and name.startswith("Autoencoder") else None
         if kind is None:
-            raise ValueError(f"{folder}: {name!r} is no autoencoder of diffusers {diffusers.__version__}")
+            raise ValueError(f"{folder}: {name!r} is not an autoencoder of diffusers {diffusers.__version__}")
         try:
             self.network: Any = kind.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as error:
@@ -60,8 +60,11 @@ class DiffusersAutoencoder:
 
     @torch.inference_mode()
     def reconstruct(self, clip: np.ndarray) -> np.ndarray:
-        """uint8 (T, H, W, 3) -> the same shape. Up to whole latent pixels and as many frames as the model
-        takes (4n+1, 8n+1), the edge and the last frame are repeated; what was added is cut off again."""
+        """Reconstruct uint8 (T, H, W, 3) frames at the same shape.
+
+        The edge and the last frame are repeated up to whole latent pixels and to as many frames as the model
+        takes (4n+1 or 8n+1); what was added is cut off again.
+        """
         frames, height, width = clip.shape[:3]
         video = pixel_range.to_network(clip)
         pad = (-width % self.space_factor, -height % self.space_factor, (1 - frames) % self.frame_step)

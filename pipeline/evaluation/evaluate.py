@@ -1,10 +1,10 @@
-"""Restored videos, and the truth where there is one -> a table of metrics that says how it was measured.
+"""Metrics of restored videos, with or without the truth, in tables that state how they were measured.
 
-PSNR, SSIM, LPIPS and DISTS against the truth; NIQE, MUSIQ, CLIP-IQA, DOVER and the warping error without it:
-per clip and as mean with standard error, for any number of methods, each a folder of files named as the
-truth's. Those that are networks (`pipeline.metrics.metric_networks`) need their weights; without, they are
-left out. The autoencoder's own reconstruction of the truth can be one more method: the ceiling of every
-restoration that goes through it. Everything that changes a number stands in `evaluation.json` beside it.
+PSNR, SSIM, LPIPS and DISTS compare with the truth; NIQE, MUSIQ, CLIP-IQA, DOVER and the warping error need
+none. They are reported per clip and as means with standard errors, for any number of methods, each a folder
+of files named like the truth's. Metrics that are networks (`pipeline.metrics.metric_networks`) need weights
+and are left out without. The autoencoder's own reconstruction of the truth can be one more method: the
+ceiling of every restoration that goes through it. `evaluation.json` records everything that changes a number.
 """
 
 import dataclasses
@@ -46,37 +46,40 @@ class EvaluateConfig:
     """What `jobs.evaluate` reads."""
 
     methods: dict[str, Url]
-    """name of each method: absolute URL of the folder with its results, named as the truth's files"""
+    """Methods to compare: each name with the absolute URL of the folder that holds its results, which are
+    named like the files of `truth`."""
     output: Url
-    """absolute URL of the folder for evaluation.json, evaluation.md and evaluation.html"""
+    """Absolute URL of the folder to which evaluation.json, evaluation.md and evaluation.html are written."""
     truth: Url | None = None
-    """absolute URL of the folder with the true videos and images (null: only metrics that need none)"""
+    """Absolute URL of the folder with the true videos and images; null measures only what needs no truth."""
     reconstruct_with: Url | None = None
-    """URL of autoencoder weights: what these make of the truth is one more method, the ceiling"""
+    """URL of autoencoder weights whose reconstruction of the truth is measured as one more method: the
+    ceiling of every restoration that goes through that autoencoder. Null measures none."""
     sequences: bool = False
-    """a folder with images in it is one clip, of these frames in the order of their names"""
+    """Whether a folder of images is one clip, made of the images in the order of their names."""
     benchmark: str | None = None
-    """name of a set in configs/sets.yaml: checks that it is whole and prints the published numbers beside"""
+    """Name of a test set in configs/sets.yaml, which is checked for completeness and whose published numbers
+    are printed next to the measured ones; null compares with none."""
     enlarge: list[str] = dataclasses.field(default_factory=list)
-    """methods whose smaller frames are enlarged (bicubic) to the truth's size before they are measured"""
+    """Methods whose smaller frames are first enlarged (bicubic) to the truth's size."""
     every: int = 1
-    """measure every n-th frame"""
+    """Distance between measured frames: 1 measures every frame, n every n-th."""
     max_frames: int | None = None
-    """measure at most so many frames of a clip (null: all)"""
+    """Largest number of frames measured in a clip; null measures all."""
     border_px: int = 0
-    """pixels that are cut off at each side before PSNR and SSIM"""
+    """Pixels cut off at every side before PSNR and SSIM are measured."""
     learned: LearnedMetrics = dataclasses.field(default_factory=LearnedMetrics)
-    """weights of LPIPS, DISTS, MUSIQ, CLIP-IQA and DOVER; those without are left out"""
+    """Weights of LPIPS, DISTS, MUSIQ, CLIP-IQA and DOVER; metrics without weights are left out."""
     workers: int = 1
-    """processes that measure, one clip of one method at a time"""
+    """Number of processes that measure, each one clip of one method at a time."""
     cpus: float = 1.0
-    """CPU cores reserved for each of them"""
+    """CPU cores reserved for each measuring process."""
     gpus: float = 0.0
-    """GPUs reserved for each of them, for the learned metrics and the autoencoder"""
+    """GPUs reserved for each measuring process, for learned metrics and the autoencoder; 0 uses the CPU."""
     decode_seconds: float = 60.0
-    """a file of which one frame takes longer to decode becomes an error row"""
+    """Time limit in seconds for decoding one frame; a file that exceeds it becomes an error row."""
     shared_filesystem: bool = False
-    """set to true if file:// URLs here are on a folder that every node mounts"""
+    """Set this to true if file:// URLs in this config name folders that every node mounts."""
 
     def __post_init__(self) -> None:
         check_urls(self)
@@ -104,9 +107,11 @@ class EvaluateConfig:
 
 
 def media_files(url: str, sequences: bool = False) -> dict[str, list[str]]:
-    """Videos and images below a folder: relative path without its ending -> URLs, one, or with `sequences`
-    all images of a folder in the order of their names. Folders whose name begins with "_" are bookkeeping.
-    ValueError for two files of one name."""
+    """Videos and images below a folder, as relative path without its ending -> list of URLs.
+
+    Each list has one URL, or with `sequences` all images of a folder in the order of their names. Folders
+    whose name begins with "_" are bookkeeping. Raises ValueError for two files of one name.
+    """
     found: dict[str, list[str]] = {}
     for file, _, _ in storage.list_files(url):
         inner = file.removeprefix(url).lstrip("/")
@@ -125,8 +130,10 @@ def media_files(url: str, sequences: bool = False) -> dict[str, list[str]]:
 
 
 def plan_rows(config: EvaluateConfig) -> list[dict[str, Any]]:
-    """One row per method and clip: {method, clip, url, truth}, the last two lists of URLs or None; a missing
-    file is a row with `error`."""
+    """One row per method and clip: {method, clip, url, truth}, the last two lists of URLs or None.
+
+    A missing file gives a row with `error`.
+    """
     files = {name: media_files(url, config.sequences) for name, url in config.methods.items()}
     truth = media_files(config.truth, config.sequences) if config.truth else {}
     if config.truth and not truth:
@@ -192,12 +199,12 @@ class Measure:
                     learned.push(frame, truth)
                 before = (frame, truth)
         if not per_frame:
-            raise ValueError("there is no frame in it")
+            raise ValueError("it has no frames")
         size = {"frames": len(per_frame), "height": shape[0], "width": shape[1]}
         return {**size, **summarise(per_frame), **learned.finish()}
 
     def _measured_frames(self, row: dict[str, Any], folder: str) -> int:
-        """How many frames of a clip will be measured; only DOVER must know, so it is counted only then."""
+        """Number of frames of a clip to measure; counted only for DOVER, which alone has to know it."""
         if self.networks.dover is None:
             return 0
         with ExitStack() as stack:
@@ -249,8 +256,7 @@ class Measure:
 def read(
     reader: Sandbox, urls: list[str], folder: str, stack: ExitStack, max_side: int | None = None
 ) -> Iterator[np.ndarray]:
-    """The frames of a file (shrunk to `max_side`), or of a sequence of image files; ValueError that names the
-    image."""
+    """The frames of a file (shrunk to `max_side`) or of image files; ValueError names the image."""
     if len(urls) == 1:
         path = stack.enter_context(storage.local_copy(urls[0], folder))
         yield from reader.stream(decoding.decode_frames, path, max_side=max_side)
@@ -277,8 +283,11 @@ def bicubic(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def summarise(per_frame: list[dict[str, float | None]]) -> dict[str, Any]:
-    """Means over a clip's frames. A frame equal to the truth has infinite PSNR, which JSON cannot hold: then
-    PSNR is null and `note` says so."""
+    """Means over a clip's frames.
+
+    A frame equal to the truth has infinite PSNR, which JSON cannot hold; PSNR is then null and `note` says
+    so.
+    """
     result: dict[str, Any] = {"note": None}
     for metric in per_frame[0]:
         values = [scores[metric] for scores in per_frame]

@@ -51,32 +51,37 @@ class EvaluateVaeConfig:
     """What `jobs.evaluate --task vae` reads."""
 
     autoencoders: dict[str, Url]
-    """name of each autoencoder: absolute URL of a weights folder that training wrote, of the released
-    `ema_vae` file (.pth or .safetensors), or of a diffusers folder (config.json and safetensors)"""
+    """Autoencoders to compare: each name with the absolute URL of a weights folder that training wrote, of
+    the released `ema_vae` file (.pth or .safetensors), or of a diffusers folder (config.json and
+    safetensors)."""
     clips: Url
-    """absolute URL of a folder with videos (lossless or lightly compressed ones tell most)"""
+    """Absolute URL of a folder with videos; lossless or lightly compressed ones tell autoencoders apart
+    best."""
     output: Url
-    """absolute URL of the folder for vae_evaluation.json and vae_evaluation.md"""
+    """Absolute URL of the folder to which vae_evaluation.json and vae_evaluation.md are written."""
     frames: int = 17
-    """first frames of each clip that are used; 4n+1 needs no padding; a shorter clip is an error row"""
+    """Number of frames used from the start of each clip; 4n+1 frames need no padding, and a shorter clip
+    becomes an error row."""
     size: list[int] = dataclasses.field(default_factory=list)
-    """[height, width]: each frame is resized to cover it and cut to its centre (empty: as it is)"""
+    """Height and width in pixels to which every frame is resized and centre-cropped; an empty list keeps the
+    clips' own size."""
     lpips: Url | Literal["none", "hub"] = "none"
-    """none, hub (VGG16 and LPIPS's heads are downloaded once) or the absolute URL of a folder with
-    vgg16-397923af.pth and vgg.pth"""
+    """Source of LPIPS's weights: the absolute URL of a folder with the published files vgg16-397923af.pth
+    (torchvision) and vgg.pth (lpips 0.1), the word hub to download them once, or the word none to leave LPIPS
+    out."""
     i3d: Url | None = None
-    """absolute URL of `i3d_torchscript.pt` for rFVD (null: no rFVD). Loading TorchScript runs the program in
-    the file: give only one whose origin you know"""
+    """Absolute URL of i3d_torchscript.pt for rFVD; null leaves rFVD out. Loading TorchScript runs the program
+    in the file, so give only a file whose origin you trust."""
     workers: int = 1
-    """processes that measure, one clip of one autoencoder at a time"""
+    """Number of processes that measure, each one clip of one autoencoder at a time."""
     cpus: float = 1.0
-    """CPU cores reserved for each of them"""
+    """CPU cores reserved for each measuring process."""
     gpus: float = 0.0
-    """GPUs reserved for each of them"""
+    """GPUs reserved for each measuring process; 0 works on the CPU."""
     decode_seconds: float = 60.0
-    """a file of which one frame takes longer to decode becomes an error row"""
+    """Time limit in seconds for decoding one frame; a file that exceeds it becomes an error row."""
     shared_filesystem: bool = False
-    """set to true if file:// URLs here are on a folder that every node mounts"""
+    """Set this to true if file:// URLs in this config name folders that every node mounts."""
 
     def __post_init__(self) -> None:
         check_urls(self)
@@ -96,7 +101,7 @@ class EvaluateVaeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoder:
-    """What is the same of ours and others'."""
+    """An autoencoder, ours or another, behind one interface."""
 
     reconstruct: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
     """uint8 (T, H, W, 3) -> the same shape"""
@@ -105,7 +110,7 @@ class Autoencoder:
 
 
 def load(url: str, device: torch.device | str) -> Autoencoder:
-    """The autoencoder of a URL, whichever kind it is. ValueError if it is none."""
+    """Load the autoencoder at a URL, whichever kind it is. ValueError if it is none."""
     with tempfile.TemporaryDirectory() as folder:
         if url.endswith((".pth", ".pt", ".safetensors")):
             with storage.local_copy(url, folder) as path:
@@ -225,7 +230,7 @@ class Measure:
 
     def _autoencoder(self, url: str) -> Autoencoder:
         if self.loaded is None or self.loaded[0] != url:
-            self.loaded = None  # two large ones need not fit at once
+            self.loaded = None  # memory need not hold two large ones at once
             self.loaded = (url, load(url, self.device))
         return self.loaded[1]
 
@@ -268,7 +273,7 @@ def summarise_autoencoders(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def warnings(table: list[dict[str, Any]], config: EvaluateVaeConfig) -> list[str]:
-    """What a reader of the table has to know; a line each."""
+    """Notes for a reader of the table, one line each."""
     lines = []
     few = sorted({entry["rfvd"]["clips"] for entry in table if entry["rfvd"]["clips"] < frechet.FEATURES})
     if config.i3d is not None and few:

@@ -1,9 +1,9 @@
 """Other methods, run by a command: anything that reads a folder and writes a folder can be timed and scored.
 
 A command is a template with {input} and {output} (local folders), {scale}, {weights}, {python} and {root};
-those in configs/peers.yaml have a name. `_peer.json` beside the results holds what it cost; `jobs.evaluate`
-prints that beside the quality. The filters of `pipeline.evaluation.baselines`, then bicubic enlargement, are
-a command of this module:
+configs/peers.yaml names some. `_peer.json` next to the results records their cost, which `jobs.evaluate`
+prints next to their quality. The filters of `pipeline.evaluation.baselines`, followed by bicubic enlargement,
+are a command of this module:
 
     python -m pipeline.evaluation.peers FILTER INPUT OUTPUT SCALE   (none, median, mean3, gaussian:1.3)
 """
@@ -42,19 +42,21 @@ class PeerConfig:
     """What `jobs.peer` reads."""
 
     input: Url
-    """local folder with the low-quality clips"""
+    """Local folder with the low-quality clips."""
     output: Url
-    """local folder for the results, named as the inputs"""
+    """Local folder for the results, which are named like the inputs."""
     method: str | None = None
-    """name of a command in configs/peers.yaml"""
+    """Name of a command in configs/peers.yaml; give exactly one of `method` and `command`."""
     command: str | None = None
-    """a command of your own, with {input} and {output}; instead of `method`"""
+    """Command of your own, with the placeholders {input} and {output} and, where it needs them, {scale} and
+    {weights}; give exactly one of `method` and `command`."""
     scale: int = 4
-    """for {scale}"""
+    """Enlarging factor that takes the place of {scale} in the command."""
     weights: str = ""
-    """for {weights}: where the method's weights lie"""
+    """Path of the method's weights, which takes the place of {weights} in the command."""
     parameters_m: float | None = None
-    """millions of parameters, for the table (null: as configs/peers.yaml says, or unknown)"""
+    """Millions of parameters of the method, shown in the tables; null takes the number in configs/peers.yaml,
+    if there is one."""
 
     def __post_init__(self) -> None:
         check_urls(self)
@@ -118,10 +120,11 @@ def run(config: PeerConfig) -> dict[str, Any]:
 
 
 def cost_of(url: str) -> dict[str, Any] | None:
-    """What the results in a folder cost, where `jobs.peer` or `jobs.restore` made them: seconds_per_frame,
-    peak_memory_gib and parameters_m, None where it is not known.
+    """Cost of the results in a folder, if `jobs.peer` or `jobs.restore` made them; None otherwise.
 
-    Of restore's own results the seconds are an actor's at work, the models loaded; of a command's, all of it.
+    The keys are seconds_per_frame, peak_memory_gib and parameters_m, None where unknown. For restore's own
+    results the seconds are those of an actor at work, with its models loaded; for a command's they are all of
+    its run.
     """
     cost_url, manifest_url = (storage.join(url, name) for name in (COST, "manifest.json"))
     if storage.exists(cost_url):
@@ -140,7 +143,7 @@ def cost_of(url: str) -> dict[str, Any] | None:
 
 
 def watch(process: "subprocess.Popen[bytes]") -> int:
-    """Wait for a command; the most memory (PSS) that it and its children took, in bytes."""
+    """Wait for a command; returns the peak memory (PSS) of it and its children, in bytes."""
     peak = 0
     while process.poll() is None:
         try:

@@ -3,7 +3,7 @@
 Columns: table, dataset, method, metric, value. Table 1: quality on six sets. Table 2: autoencoders (`VAE` for
 the dataset). Table 3: seconds per training iteration for window sizes (frames x height x width in latent
 pixels). Table 4: DOVER on YouHQ40 for window sizes. The paper says neither its PSNR's colours nor its
-SSIM's; they are put beside PSNR in RGB and SSIM in luma, which is what pyiqa's `psnr` and `ssim` compute and
+SSIM's; they are set beside PSNR in RGB and SSIM in luma, which is what pyiqa's `psnr` and `ssim` compute and
 what later papers on these sets used. Its DOVER is the technical score times 100.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 OURS_FOR = {"psnr": "psnr_rgb", "ssim": "ssim_y"}
-"""The paper's metric: the column here, where the names differ."""
+"""The paper's names of metrics where they differ from those of our columns."""
 
 METRICS = ("psnr_rgb", "ssim_y", "lpips", "dists", "niqe", "musiq", "clip_iqa", "dover_technical_x100")
 """Table 1's columns by the names here, in its order."""
@@ -34,9 +34,12 @@ def datasets() -> list[str]:
 
 
 def autoencoders() -> list[dict[str, Any]]:
-    """Table 2, a row each: method, and what it says of parameters_m, temporal_compression (image models have
-    none), spatial_compression, latent_channels, psnr, ssim, lpips and rfvd. The paper gives neither the clips
-    nor their number, length and size: the order can be made again, the numbers cannot."""
+    """Rows of table 2: the method and its values, with temporal_compression None for image models.
+
+    The values are parameters_m, temporal_compression, spatial_compression, latent_channels, psnr, ssim, lpips
+    and rfvd. The paper gives neither the clips nor their number, length and size, so the ranking can be
+    reproduced and the numbers cannot.
+    """
     rows: dict[str, dict[str, Any]] = {}
     for row in numbers():
         if row["table"] == 2:

@@ -36,29 +36,31 @@ class PairsConfig:
     """What `jobs.pairs` reads."""
 
     output: Url
-    """absolute URL of the folder for hq/, lq/ and manifest.json"""
+    """Absolute URL of the folder to which hq/, lq/ and manifest.json are written."""
     data: Url | None = None
-    """absolute URL of a data root: pairs of its kept clips of one split"""
+    """Absolute URL of a data root whose kept clips are degraded; give exactly one of `data` and `folder`."""
     split: str = "held_out"
-    """which split, with `data`"""
+    """Split of the data root to take clips from, held_out or train; a plain folder has none."""
     folder: Url | None = None
-    """absolute URL of a folder of videos and images, with its subfolders, instead of a data root"""
+    """Absolute URL of a folder of videos and images, searched with its subfolders; give exactly one of `data`
+    and `folder`."""
     max_frames: int = 32
-    """frames of a pair, from the clip's middle"""
+    """Largest number of frames of a pair, taken from the middle of the clip."""
     max_height: int = 720
-    """pixels; larger clips are cropped around their centre"""
+    """Largest height of a pair in pixels; larger clips are cropped around their centre."""
     max_width: int = 1280
-    """pixels"""
+    """Largest width of a pair in pixels; larger clips are cropped around their centre."""
     video_recipe: RecipeConfig = REALBASICVSR
-    """degradations of videos"""
+    """Recipe that degrades videos; the default is RealBasicVSR's."""
     image_recipe: RecipeConfig = REALESRGAN
-    """degradations of images"""
+    """Recipe that degrades images; the default is Real-ESRGAN's."""
     seed: int = 0
-    """of all drawn parameters"""
+    """Seed of all drawn degradation parameters."""
     decode_seconds: float = 120.0
-    """a clip that takes longer to decode is left out, with the reason in the manifest"""
+    """Time limit in seconds for decoding one clip; a clip that exceeds it is left out, with the reason in the
+    manifest."""
     max_clips: int | None = None
-    """at most so many, spread over the sources in turn (null: all)"""
+    """Largest number of pairs, spread evenly over the sources; null makes one of every clip."""
 
     def __post_init__(self) -> None:
         check_urls(self)
@@ -70,7 +72,7 @@ class PairsConfig:
 
     @property
     def fingerprint(self) -> str:
-        """Of what determines a pair, besides its clip."""
+        """Hash of what determines a pair, besides its clip."""
         return hashing.fingerprint(
             stage="pairs",
             recipes=(self.video_recipe.settings(), self.image_recipe.settings()),
@@ -112,7 +114,7 @@ def read_middle(row: dict[str, Any], path: str, max_frames: int) -> tuple[np.nda
     """The middle frames of a clip row, or of a whole file where the row has no span: frames, media, fps."""
     if "num_frames" not in row:
         probe = decoding.probe(path)
-        # counted, since what a file says of its number of frames is often wrong
+        # counted, since the number of frames in a file's header is often wrong
         count = 1 if probe.media == "image" else sum(1 for _ in decoding.decode_video(path))
         row = {"media": probe.media, "num_frames": count, "fps": float(probe.fps or 0)}
         row |= {"start_pts": None, "end_pts": None}

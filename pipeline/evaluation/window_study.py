@@ -1,9 +1,10 @@
-"""The paper's tables 3 and 4: window sizes over time per iteration, and over quality after equal steps.
+"""The paper's tables 3 and 4: time per iteration, and quality after equal steps, by window size.
 
-Trains the transformer of a `train_dit` config once for each window size, everything else equal, and reads
-what each run says of itself: median seconds per iteration (the first steps left out) and the held-out loss
-after the last step. With `pairs`, each is also tried on a benchmark of `jobs.pairs`: restored in one step and
-measured as `jobs.evaluate` does. Started again, a run goes on from its newest checkpoint.
+Trains the transformer of a `train_dit` config once for each window size, with everything else equal, and
+reads each run's history: the median seconds per iteration (without the first steps) and the held-out loss
+after the last step. With `pairs`, each network is also tried on a benchmark of `jobs.pairs`, which it
+restores in one step and which is measured as in `jobs.evaluate`. A run that is started again resumes from its
+newest checkpoint.
 """
 
 import dataclasses
@@ -36,19 +37,20 @@ class WindowStudyConfig:
     """What `jobs.window_study` reads."""
 
     training: train_dit.TrainDitConfig
-    """the run that is repeated; its windows and output are replaced"""
+    """Training run that is repeated for every window size; its windows and its output folder are replaced."""
     windows: list[str]
-    """window sizes in latent pixels, such as 5x64x64, 1x8x8, 3xfull (the paper's names)"""
+    """Window sizes to compare, in latent pixels as the paper writes them: 5x64x64, 1x8x8 or 3xfull."""
     output: Url
-    """absolute URL; each run has a folder of its window's name there, the tables lie beside them"""
+    """Absolute URL of the folder for the tables; each run has a subfolder with its window's name."""
     pairs: Url | None = None
-    """absolute URL of a folder of jobs.pairs, to restore and measure (null: time and held-out loss only)"""
+    """Absolute URL of a folder that `jobs.pairs` wrote, which each trained network restores and is measured
+    on; null compares only time and held-out loss."""
     vae: Url | None = None
-    """URL of the autoencoder's weights, with `pairs`"""
+    """URL of the autoencoder's weights for restoring the pairs; give it together with `pairs`."""
     sampling: Sampling = dataclasses.field(default_factory=lambda: Sampling(steps=1))
-    """how the pairs are restored"""
+    """How the pairs are restored; the default takes one step."""
     learned: LearnedMetrics = dataclasses.field(default_factory=LearnedMetrics)
-    """weights of learned metrics; the paper's table 4 is DOVER"""
+    """Weights of the metrics that are networks; the paper's table 4 reports DOVER."""
 
     def __post_init__(self) -> None:
         check_urls(self)
@@ -57,7 +59,7 @@ class WindowStudyConfig:
         if not self.windows:
             raise ValueError("windows: empty; name at least one, such as 5x64x64")
         for window in self.windows:
-            training_of(self, window)  # says what is wrong with it
+            training_of(self, window)  # raises ValueError for a bad one
         if (self.pairs is None) != (self.vae is None):
             raise ValueError("pairs, vae: to restore, give both")
 
@@ -123,13 +125,13 @@ def measure_quality(config: WindowStudyConfig, window: str) -> dict[str, Any]:
 
 
 def published_number(table: int, window: str) -> float | None:
-    """What the paper's table 3 or 4 has for a window."""
+    """The value of the paper's table 3 or 4 for a window."""
     rows = (row for row in published.numbers() if row["table"] == table and row["method"] == window)
     return next((row["value"] for row in rows), None)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Both tables in one, the paper's numbers beside ours."""
+    """Both tables in one, with the paper's numbers next to ours."""
     metrics = metric_table.in_order({key for row in rows for key in row} - _OF_TRAINING)
     head = ["window", "s/iteration", "paper's table 3", "steps", "held-out loss"]
     head += [*(metric_table.metric(name).heading for name in metrics), "paper's table 4 (DOVER x100)"]
@@ -148,7 +150,7 @@ def _text(value: float | None, decimals: int) -> str:
 
 
 def run(config: WindowStudyConfig) -> stage.Summary:
-    """Every window in turn; the tables are written anew after each."""
+    """Study every window in turn; the tables are rewritten after each."""
 
     def work(summary: stage.Summary) -> None:
         rows: list[dict[str, Any]] = []

@@ -1,3 +1,4 @@
-"""How good a restored video is: PSNR, SSIM, NIQE, warping error, Frechet distances, metrics by networks.
+"""Quality of a restored video: PSNR, SSIM, NIQE, warping error, Frechet distances, learned metrics.
 
-May import weights and what lies below it."""
+May import weights and what lies below it.
+"""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 FEATURES = 400
 """Values per clip. With fewer clips the covariance is rank-deficient and the distance too large."""
 MIN_FRAMES = 10
-"""Fewer leave nothing after the network's poolings in time."""
+"""Shorter clips leave nothing after the network's poolings in time."""
 
 
 def frechet_distance(left: NDArray, right: NDArray) -> float:

@@ -1,8 +1,8 @@
-"""The learned metrics of `jobs.evaluate`: networks that need their published weights, each by its path.
+"""The learned metrics of `jobs.evaluate`: networks whose published weights the config names.
 
-LPIPS and DISTS look at a frame and the true one, MUSIQ and CLIP-IQA at a frame alone, all in batches and as
-the mean over frames; DOVER looks at a whole video.
-Without weights a metric is left out and the result says so.
+LPIPS and DISTS compare a frame with the true one and MUSIQ and CLIP-IQA judge a frame alone, all in batches
+and averaged over frames; DOVER judges a whole video. A metric without weights is left out, and the result
+says so.
 """
 
 import dataclasses
@@ -30,16 +30,18 @@ class LearnedMetrics:
     """Where the weights of the learned metrics are (null: the column is left out)."""
 
     lpips: Url | Literal["hub"] | None = None
-    """absolute URL of a folder with vgg16-397923af.pth (torchvision) and vgg.pth (lpips 0.1), or the word
-    hub: both are downloaded once"""
+    """Source of LPIPS's weights: the absolute URL of a folder with the published files vgg16-397923af.pth
+    (torchvision) and vgg.pth (lpips 0.1), or the word hub to download them once; null leaves LPIPS out."""
     dists: Url | None = None
-    """absolute URL of a folder with vgg16-397923af.pth and DISTS_pytorch's weights.pt"""
+    """Absolute URL of a folder with vgg16-397923af.pth and DISTS_pytorch's weights.pt; null leaves DISTS
+    out."""
     musiq: Url | None = None
-    """absolute URL of one of Google's MUSIQ .npz files (koniq_ckpt.npz)"""
+    """Absolute URL of one of Google's MUSIQ .npz files (koniq_ckpt.npz); null leaves MUSIQ out."""
     clip_iqa: str | None = None
-    """CLIP RN50 as a Hugging Face id (timm/resnet50_clip.openai) or an absolute folder that every node has"""
+    """CLIP RN50 for CLIP-IQA: a Hugging Face id (timm/resnet50_clip.openai) or an absolute folder that every
+    node has; null leaves CLIP-IQA out."""
     dover: Url | None = None
-    """absolute URL of DOVER.pth; its licence forbids commercial use"""
+    """Absolute URL of DOVER.pth, whose licence forbids commercial use; null leaves DOVER out."""
 
     def __post_init__(self) -> None:
         check_urls(self, "learned.")
@@ -68,7 +70,7 @@ class LearnedMetrics:
         )
 
     def left_out(self, has_truth: bool) -> str | None:
-        """One line on what is not measured and why; None if everything is."""
+        """One line on which metrics are not measured and why; None if all are."""
         lacking = [field.name for field in dataclasses.fields(self) if field.name not in self.names]
         reasons = [f"no weights for {', '.join(lacking)} (learned.{lacking[0]}, ...)"] if lacking else []
         needing = {metric.weights for metric in METRICS.values() if metric.needs_truth}
@@ -77,7 +79,7 @@ class LearnedMetrics:
         return "left out: " + "; ".join(reasons) if reasons else None
 
     def hashes(self) -> dict[str, dict[str, str]]:
-        """Where each metric's weights are from and their sha256 (of a hub's model its commit)."""
+        """The origin of each metric's weights and their sha256 (for a hub model, its commit)."""
         found: dict[str, dict[str, str]] = {}
         for name in self.names:
             source = str(getattr(self, name))
@@ -96,7 +98,7 @@ class LearnedMetrics:
 
 
 PerFrame = Callable[[Tensor, Tensor | None], list[float]]
-"""uint8 (B, H, W, 3) frames, and the true ones -> a value for each frame."""
+"""Maps uint8 (B, H, W, 3) frames, and the true ones, to one value per frame."""
 
 
 class Networks:
@@ -137,7 +139,7 @@ class Networks:
 
     @property
     def any(self) -> bool:
-        """Whether there is one."""
+        """Whether any network is configured."""
         return bool(self.per_frame) or self.dover is not None
 
     def clip(self, total: int) -> "Clip":
@@ -146,13 +148,13 @@ class Networks:
 
 
 class Clip:
-    """Takes a clip's measured frames one after the other; holds a batch of them and what DOVER keeps."""
+    """Takes a clip's measured frames one by one; holds a batch of them and what DOVER needs."""
 
     def __init__(self, networks: Networks, total: int) -> None:
         self.networks = networks
         self.values: dict[str, list[float]] = {name: [] for name in networks.per_frame}
         self._waiting: list[tuple[np.ndarray, np.ndarray | None]] = []
-        self._dover = networks.dover if total > 1 else None  # DOVER has nothing to say of an image
+        self._dover = networks.dover if total > 1 else None  # DOVER does not score images
         self._wanted: tuple[list[int], list[int]] = ([], [])
         if self._dover is not None:
             self._wanted = self._dover.frame_numbers(total)

@@ -36,8 +36,11 @@ def _pristine() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @functools.cache
 def _shapes() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Shapes alpha on a grid of 0.001, the ratio E|x|^2 / E x^2 of each (it rises with alpha), and the factor
-    sqrt(gamma(1/alpha) / gamma(3/alpha)) from deviation to scale."""
+    """Tables for looking up generalised Gaussians by their shape alpha, on a grid of 0.001.
+
+    They are alpha, the ratio E|x|^2 / E x^2 (which rises with alpha), and the factor sqrt(gamma(1/alpha) /
+    gamma(3/alpha)) from deviation to scale.
+    """
     alpha = np.arange(0.2, 10.001, 0.001)
     one, two, three = gamma(1 / alpha), gamma(2 / alpha), gamma(3 / alpha)
     return alpha, two**2 / (one * three), np.sqrt(one / three)
@@ -45,7 +48,7 @@ def _shapes() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def luma(frame: np.ndarray) -> np.ndarray:
     """uint8 `(H, W, 3)` RGB to whole-numbered BT.601 luma in 16..235, float32 `(H, W)`, as MATLAB has it."""
-    # Scaled down and up again in single precision: where luma lies half way, rounding must go basicsr's way.
+    # Scaled down and up again in single precision, so that luma half-way between levels rounds as in basicsr.
     unit = frame.astype(np.float32) / np.float32(255)
     value = unit[..., 2] * 24.966 + unit[..., 1] * 128.553 + unit[..., 0] * 65.481 + 16.0
     return np.round(value.astype(np.float32) / np.float32(255) * np.float32(255))
@@ -109,8 +112,11 @@ def _normalise(picture: np.ndarray, window: np.ndarray) -> np.ndarray:
 
 
 def niqe(frame: np.ndarray) -> float | None:
-    """NIQE of a uint8 `(H, W, 3)` RGB frame. None if it cannot be told: smaller than two blocks of 96x96,
-    or so flat that fewer than two blocks have statistics."""
+    """NIQE of a uint8 `(H, W, 3)` RGB frame.
+
+    Returns None for a frame smaller than two blocks of 96x96, or so flat that fewer than two blocks have
+    statistics.
+    """
     height, width = (side // BLOCK_PX * BLOCK_PX for side in frame.shape[:2])
     if height * width < 2 * BLOCK_PX**2:
         return None

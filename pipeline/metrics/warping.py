@@ -19,8 +19,10 @@ MIN_SIDE_PX = 16
 def warping_error(
     earlier: np.ndarray, later: np.ndarray, true_earlier: np.ndarray | None, true_later: np.ndarray | None
 ) -> float | None:
-    """1000 x the mean squared difference of `later` and `earlier` moved onto it; None if nothing of it can be
-    compared. All are uint8 (H, W, 3) RGB."""
+    """1000 times the mean squared difference of `later` and `earlier` moved onto it.
+
+    All arrays are uint8 (H, W, 3) RGB. Returns None if no pixel can be compared.
+    """
     if min(later.shape[:2]) < MIN_SIDE_PX:
         return None
     from_frames = (

@@ -1,3 +1,4 @@
-"""From any video to the restored one, chunk by chunk, resumable.
+"""Restoration of any video, chunk by chunk and resumable.
 
-May import data and what lies below it; never training."""
+May import data and what lies below it; never training.
+"""

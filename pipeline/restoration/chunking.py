@@ -1,8 +1,8 @@
 """A latent video of any length in overlapping chunks: cut, denoised one by one, blended into one sequence.
 
-The transformer sees `length` latent frames at a time. Two neighbouring chunks share `overlap` of them, get
-the same noise there (it depends on the seed and the latent frame's own number, never on the chunk), and
-are blended linearly, in latent space. What is held never grows with the length of the video.
+The transformer sees `length` latent frames at a time. Neighbouring chunks share `overlap` of them, get the
+same noise there (it depends on the seed and the number of the latent frame, never on the chunk), and are
+blended linearly in latent space. Memory never grows with the length of the video.
 """
 
 from collections.abc import Mapping
@@ -57,11 +57,11 @@ class ChunkCutter:
         return {"end": torch.tensor(self.end), "covered": torch.tensor(self.covered), **held}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Continue from where `state_dict` was taken."""
         self.end, self.covered, self._held = int(state["end"]), int(state["covered"]), state.get("held")
 
     def push(self, piece: Tensor) -> list[Chunk]:
-        """The chunks that (t, H', W', C) further latent frames complete."""
+        """The chunks that are completed by (t, H', W', C) further latent frames."""
         chunks = []
         for frame in piece.split(1):
             self.end += 1
@@ -74,7 +74,7 @@ class ChunkCutter:
         return chunks
 
     def finish(self) -> list[Chunk]:
-        """The last chunk, if any frame is in none yet."""
+        """The last chunk, if there are frames that no chunk holds yet."""
         return [self._newest()] if self.end > self.covered else []
 
     def _newest(self) -> Chunk:
@@ -84,7 +84,7 @@ class ChunkCutter:
 
 
 class ChunkBlender:
-    """Joins processed chunks: each overlap goes linearly from the earlier chunk to the later one."""
+    """Joins processed chunks, fading linearly from the earlier to the later one in each overlap."""
 
     def __init__(self, plan: ChunkPlan) -> None:
         self.plan = plan
@@ -97,7 +97,7 @@ class ChunkBlender:
         return {"done": torch.tensor(self.done), **tail}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Continue from where `state_dict` was taken."""
         self.done, self._tail = int(state["done"]), state.get("tail")
 
     def add(self, chunk: Chunk) -> Tensor:

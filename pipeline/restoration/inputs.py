@@ -1,4 +1,4 @@
-"""What a restoration is asked to restore: the files below its inputs, and the names of their results."""
+"""The files to restore, below a config's inputs, and the names of their results."""
 
 import posixpath
 from collections import Counter
@@ -21,7 +21,7 @@ def find_inputs(roots: list[str], as_sequences: bool) -> tuple[list[dict[str, An
     for root in roots:
         files = storage.list_files(root)
         if not files:
-            raise ValueError(f"input: {root} is no file and no folder with files in it")
+            raise ValueError(f"input: {root} is neither a file nor a folder with files in it")
         for url, size, etag in files:
             alone = url == root
             inner = posixpath.basename(url) if alone else url.removeprefix(root).lstrip("/")
@@ -50,14 +50,14 @@ def _name_results(rows: list[dict[str, Any]]) -> None:
 
 
 def describe_left_out(left_out: Counter[str]) -> str:
-    """One line for a person."""
+    """The message in one line."""
     counts = (f"{count} {ending or 'without an ending'}" for ending, count in left_out.most_common())
     endings = ", ".join(counts)
     return f"left out: {left_out.total()} files that are no video and no image by their names ({endings})"
 
 
 def _add_to_sequence(rows: dict[str, dict[str, Any]], root: str, url: str, size: int, etag: str) -> None:
-    """Count an image to the sequence of its folder."""
+    """Add an image to the sequence of its folder."""
     folder = posixpath.dirname(url)
     name = folder.removeprefix(root).strip("/") or posixpath.basename(root)
     row = rows.setdefault(folder, {"input": folder, "bytes": 0, "etag": "", "name": name, "files": []})

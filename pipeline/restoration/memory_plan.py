@@ -1,9 +1,9 @@
-"""How a restoration fits into a memory: slices and bands of the autoencoder, length of the chunks, offload.
+"""Fitting a restoration into a given memory: the autoencoder's slices and bands, chunk length, offloading.
 
-The longest chunks come first, since they decide how steady the picture is; within a length, weights that
-stay on the device, then weights that come and go with each chunk, then what the autoencoder's convolutions
-remember kept in the host's memory, which moves with each slice; then the autoencoder's fastest slices and
-bands. None of these but the length changes the picture.
+The longest chunks are tried first, since they decide how steady the picture is. For each length the order is:
+weights that stay on the device, weights that move there and back with each chunk, then the memory of the
+autoencoder's convolutions on the host too, from where it moves with each slice; and within these the
+autoencoder's fastest slices and bands. Only the length of the chunks changes the picture.
 """
 
 import dataclasses
@@ -22,17 +22,17 @@ VALUES_PER_HIDDEN = 5.5
 """The transformer's activations alive at once, in values per token and unit of its MLP's hidden width. The
 growth of the process was 5.0 to 5.4 of them on the CPU in fp32, widths 128 to 384, 6000 to 22000 tokens."""
 _USABLE_SHARE = 0.85
-"""Of the free memory that was detected: the rest is for the allocator and for the decoder of the file."""
+"""Share of the free memory found; the rest is for the allocator and for the file's decoder."""
 KEPT_OFF = ((False, False), (True, False), (True, True))
-"""(networks not in use, the autoencoder's memory of past frames) kept off the device, cheapest first: the
-first move once a chunk, the second with every slice."""
+"""What is kept off the device (idle networks, the autoencoder's memory of past frames), cheapest first: the
+former move once per chunk, the latter with every slice."""
 _PIXEL_COPIES = 6
 """fp32 copies of a slice's frames while colours are corrected."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """What a restoration is to do within its memory, and what it is expected to take at its peak."""
+    """A restoration's plan for its memory, with the expected peak."""
 
     chunk_frames: int
     overlap_frames: int
@@ -46,7 +46,7 @@ class MemoryPlan:
     """in the host's memory, of what is kept there instead"""
 
     def describe(self) -> str:
-        """One line for a person."""
+        """The plan in one readable line."""
         bands = "whole frames" if self.band_pixels is None else f"bands of {self.band_pixels} pixels"
         moved = ", networks moved off the device when not in use" if self.offload else ""
         moved += ", its memory of past frames on the host" if self.tails_on_host else ""
@@ -59,7 +59,7 @@ class MemoryPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """What a plan must know of the networks."""
+    """Facts about the networks that a plan depends on."""
 
     vae: Any  # AutoencoderConfig, hashable
     vae_bytes: int
@@ -82,8 +82,10 @@ def _weight_bytes(network: nn.Module) -> int:
 
 
 def free_gib(device: str, processes: int) -> float:
-    """Memory that one of `processes` on this machine may count on, in GiB: of the device, or of the machine
-    or the container for the CPU."""
+    """Memory in GiB that each of `processes` on this machine may use.
+
+    It is the device's memory or, for the CPU, that of the machine or container.
+    """
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] * _USABLE_SHARE / 2**30
     free = psutil.virtual_memory().available
@@ -98,8 +100,10 @@ def free_gib(device: str, processes: int) -> float:
 def plans(
     models: Models, size: tuple[int, int], chunk_frames: int, overlap_frames: int, slice_frames: int
 ) -> Iterator[MemoryPlan]:
-    """All plans for a result of (height, width) pixels, the one to be preferred first; the wanted chunks and
-    slices are the largest."""
+    """All plans for a result of (height, width) pixels, the preferred one first.
+
+    The requested chunks and slices are the largest ones tried.
+    """
     height, width = (side + -side % SIDE_MULTIPLE for side in size)
     slices = [(slice_frames, None), *[choice for choice in budget.CHOICES if choice[0] < slice_frames]]
     slices += [choice for choice in budget.CHOICES if choice[0] >= slice_frames and choice[1] is not None]
@@ -154,10 +158,10 @@ def plan_memory(candidates: list[MemoryPlan], budget_gib: float) -> MemoryPlan:
 
 
 def step_down(candidates: list[MemoryPlan], plan: MemoryPlan, part: str) -> MemoryPlan | None:
-    """The next plan for one whose `part` of the work ran out of memory; None if there is none.
+    """The next smaller plan after `part` of the work ran out of memory; None if there is none.
 
-    The transformer gets room by moving the other network off the device, then by shorter chunks; everything
-    else by shorter slices and narrower bands, then by the move.
+    The transformer gets room by offloading the other network, then by shorter chunks; everything else by
+    shorter slices and narrower bands, then by offloading.
     """
 
     def of_autoencoder(one: MemoryPlan) -> tuple[int, int | None]:

@@ -1,4 +1,4 @@
-"""preview.html: a frame of each restored file before and after, under a slider."""
+"""The page preview.html: a frame of each restored file before and after, with a slider."""
 
 import html
 import os

@@ -1,4 +1,4 @@
-"""What the autoencoder alone makes of a video: the ceiling of every restoration with it."""
+"""The autoencoder's own reconstruction of a video: the ceiling of every restoration with it."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,14 +10,16 @@ from model.vae.causal_conv import StreamMemory
 from pipeline.video import pixel_range
 
 UNKNOWN_LENGTH = 2**62
-"""For a decoder that is not told how many frames will come."""
+"""Length for a decoder that does not know how many frames will come."""
 
 
 def reconstruct(
     vae: CausalVideoAutoencoder, frames: Iterable[np.ndarray], slice_frames: int = 8
 ) -> Iterator[np.ndarray]:
-    """What the autoencoder alone makes (its mode) of uint8 (H, W, 3) frames, as uint8 (t, H, W, 3): the
-    ceiling of every restoration with it. Memory does not grow with the length."""
+    """Reconstruct uint8 (H, W, 3) frames with the autoencoder alone, from its mode, as uint8 (t, H, W, 3).
+
+    This is the ceiling of every restoration that uses it. Memory does not grow with the length.
+    """
     encoding, decoding = StreamMemory(), StreamMemory()
     parameter = next(vae.parameters())
     waiting: list[np.ndarray] = []

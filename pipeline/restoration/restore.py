@@ -1,8 +1,8 @@
-"""Any video or image -> the restored one: the same frames, time stamps, sound, a `manifest.json` beside.
+"""Restores any video or image: same frames, time stamps and sound, with a `manifest.json` of the results.
 
-One file is one task of an actor that holds the models. A finished file leaves a row in `_manifest/`, so
-that a run that was killed goes on with the files that are missing; a file that cannot be read becomes a
-row with `error` and never ends the job. From Python: `from pipeline.restoration.restore import Restorer`.
+One file is one task of an actor that holds the models. A finished file leaves a row in `_manifest/`, so that
+a killed run resumes with the files that are missing; a file that cannot be read becomes a row with `error`
+and never ends the job. From Python: `from pipeline.restoration.restore import Restorer`.
 """
 
 import contextlib
@@ -50,41 +50,47 @@ class RestoreConfig:
     """What `jobs.restore` reads."""
 
     input: Url | list[Url]
-    """absolute URL of a file or a folder (every video and image below), or a list of them"""
+    """Absolute URL of a file or of a folder, whose videos and images are all restored with those of its
+    subfolders; or a list of such URLs."""
     output: Url
-    """absolute URL of the folder for the results, which keep their path relative to their input folder"""
+    """Absolute URL of the folder for the results, which keep their path relative to their input folder."""
     model: backbones.ModelConfig
-    """the transformer, ours or a released one, and the autoencoder"""
+    """The transformer, ours or a released one, and the autoencoder."""
     scale: float | None = None
-    """enlarge by this factor; at most one of scale, short_side, area and size (all null: our models keep the
-    size, released ones restore to the area of 720x1280, as their scripts do)"""
+    """Factor by which the input is enlarged. Give at most one of `scale`, `short_side`, `area` and `size`;
+    with none, our models keep the input's size and released ones restore to the area of 720x1280, as their
+    scripts do."""
     short_side: int | None = None
-    """enlarge or shrink so that the shorter side has this many pixels"""
+    """Length in pixels to which the shorter side is resized; null leaves the size to `scale`, `area` or
+    `size`."""
     area: tuple[int, int] | None = None
-    """enlarge or shrink to the area of this height and width, keeping the input's aspect"""
+    """Height and width whose area the result has, while it keeps the input's aspect ratio; null leaves the
+    size to `scale`, `short_side` or `size`."""
     size: tuple[int, int] | None = None
-    """height and width of the result in pixels, whatever the input's aspect"""
+    """Height and width of the result in pixels, whatever the input's aspect ratio; null leaves the size to
+    `scale`, `short_side` or `area`."""
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    """steps, guidance, noise, colours and chunks"""
+    """Steps, guidance, noise, colour correction and chunk lengths of the restoration."""
     encoding: Encoding = dataclasses.field(default_factory=Encoding)
-    """codec, depth and container of videos"""
+    """Codec, bit depth and container of restored videos."""
     sequence_fps: float | None = None
-    """take the images of each folder, in the order of their names, as one video of so many frames a second
-    (null: each image by itself)"""
+    """Frames per second with which the images of each folder, in the order of their names, are restored as
+    one video; null restores every image by itself."""
     previews: int = 24
-    """of so many files preview.html shows a frame before and after"""
+    """Number of files of which preview.html shows a frame before and after."""
     memory_gib: float | None = None
-    """what the networks and their work may take at once in each actor (null: what is free when it starts)"""
+    """Memory in GiB that the networks and their work may use in each process, on its GPU if it has one; null
+    uses what is free when the process starts."""
     actors: int = 1
-    """processes that restore, each with its own copy of the models"""
+    """Number of processes that restore, each with its own copy of the models."""
     cpus: float = 1.0
-    """CPU cores reserved for each of them"""
+    """CPU cores reserved for each restoring process."""
     gpus: float = 0.0
-    """GPUs reserved for each of them"""
+    """GPUs reserved for each restoring process; 0 works on the CPU."""
     decode_seconds: float = 60.0
-    """a file of which one frame takes longer to decode becomes an error row"""
+    """Time limit in seconds for decoding one frame; a file that exceeds it becomes an error row."""
     shared_filesystem: bool = False
-    """set to true if file:// URLs here are on a folder that every node mounts"""
+    """Set this to true if file:// URLs in this config name folders that every node mounts."""
 
     def __post_init__(self) -> None:
         check_urls(self)
@@ -109,7 +115,7 @@ class RestoreConfig:
 
     @property
     def targets(self) -> tuple[object, ...]:
-        """The ways to say the result's size, of which one at most is given."""
+        """The options for the result's size, of which at most one is given."""
         return (self.scale, self.short_side, self.area, self.size)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
@@ -132,7 +138,7 @@ class RestoreConfig:
 
 
 def list_inputs(config: RestoreConfig) -> list[dict[str, Any]]:
-    """One row per result, as `inputs.find_inputs` gives it; prints what is left out."""
+    """One row per result, from `inputs.find_inputs`; prints which files are left out."""
     rows, left_out = inputs.find_inputs(config.inputs, as_sequences=config.sequence_fps is not None)
     if left_out:
         print(inputs.describe_left_out(left_out), flush=True)
@@ -157,7 +163,7 @@ def row_url(config: RestoreConfig, row: dict[str, Any]) -> str:
 
 
 def fingerprint(config: RestoreConfig, row: dict[str, Any]) -> str:
-    """Of everything that determines a result: a file is done only if it was made in this very way."""
+    """Hash of everything that determines a result: a file is done only if its result has the same one."""
     return hashing.fingerprint(
         source=(row["input"], row["bytes"], row["etag"]),
         models=config.model.hashes(),
@@ -169,7 +175,7 @@ def fingerprint(config: RestoreConfig, row: dict[str, Any]) -> str:
 
 
 def finished(config: RestoreConfig, row: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest row of a file that an earlier run has restored in the same way, if its result is there."""
+    """Manifest row of a file that an earlier run restored with the same settings, if the result exists."""
     url = row_url(config, row)
     if not storage.exists(url):
         return None
@@ -237,10 +243,10 @@ class RestoreActor:
     def within_memory(
         self, row: dict[str, Any], source: SourceVideo, size: tuple[int, int], folder: str
     ) -> dict[str, Any]:
-        """Restore by the plan for this size; where memory runs out all the same, by the next smaller one.
+        """Restore with the plan for this size; if memory runs out anyway, with the next smaller one.
 
-        The plan is kept beside the parts: a job that goes on with a file follows it too, whatever is free
-        then, since the length of the chunks shows in the result.
+        The plan is stored with the parts, and a job that resumes the file follows it whatever memory is free
+        by then, since the length of the chunks shows in the result.
         """
         target = target_of(self.config, row)
         candidates = self.restorer.plans(size)
@@ -263,7 +269,7 @@ class RestoreActor:
                     raise ValueError("out of memory with the smallest plan; give it more") from None
                 print(f"{row['name']}: out of memory; trying again with less", flush=True)
                 plan = smaller
-            torch.cuda.empty_cache()  # outside of `except`: the error holds what was allocated
+            torch.cuda.empty_cache()  # outside of `except`, since the error keeps the allocated memory alive
 
     def by_plan(
         self, row: dict[str, Any], source: SourceVideo, size: tuple[int, int], target: Target, folder: str

@@ -1,7 +1,7 @@
-"""One video, image or image sequence -> its restored file: what an actor of `restore` does per file.
+"""Restoration of one video, image or image sequence: what an actor of `restore` does with each file.
 
-A video's restored frames go into a closed part at every chunk; the end joins the parts with the
-source's sound, without encoding again (`pipeline.restoration.resume`, `pipeline.video.muxing`).
+The restored frames of a video go into a finished part at every chunk; in the end the parts are joined with
+the source's sound without re-encoding (`pipeline.restoration.resume`, `pipeline.video.muxing`).
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from pipeline.video.encoding import VideoFormat, VideoWriter
 from pipeline.video.sandbox import Sandbox
 
 PNG = "png"
-"""The codec that is no video codec: a folder of pictures."""
+"""The one choice that is not a video codec: a folder of pictures."""
 _REPORT_EVERY_S = 10.0
 _PREVIEW_SIDE_PX = 960
 
@@ -39,14 +39,16 @@ class Encoding:
     """How restored videos are written."""
 
     codec: str = "h264"
-    """h264: for watching; prores: for editing (.mov, always 10 bits); ffv1: lossless video (.mkv), for
-    measuring; png: a folder of lossless pictures, without sound"""
+    """Codec of restored videos: h264 for watching, prores for editing (.mov, always 10 bits), ffv1 for
+    measuring (lossless, .mkv), or png for a folder of lossless pictures without sound."""
     bits: Literal[8, 10] = 8
-    """per channel; 10 also reads 10-bit sources unrounded (a png sequence then has 16)"""
+    """Bits per colour channel of restored videos; 10 also reads 10-bit sources without rounding, and a PNG
+    sequence then has 16."""
     crf: int = 16
-    """H.264's constant rate factor: lower is larger and better"""
+    """Constant rate factor of H.264: a lower value gives a larger and better file."""
     container: Literal["mp4", "mkv"] = "mp4"
-    """of h264; sound or subtitles that mp4 cannot hold move that video to mkv"""
+    """Container of H.264 videos; a video whose sound or subtitles do not fit into mp4 is written as mkv
+    instead."""
 
     def __post_init__(self) -> None:
         known = [*encoding.CODECS, PNG]
@@ -70,21 +72,21 @@ class SourceVideo:
 
     about: decoding.Probe
     frames: Callable[[int], Iterable[tuple[int, np.ndarray]]]
-    """(time stamp, frame) of all but the first so many frames"""
+    """Maps the number of frames to skip to the (time stamp, frame) of all others."""
     path: str | None = None
     """the local file with the sound; None for an image sequence"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where one result and what belongs to it go; all are URLs without their endings."""
+    """Where one result and its by-products go, all as URLs without endings."""
 
     result: str
     parts: str
     preview: str | None
     """a frame before and after, for preview.html"""
     name: str
-    """for the progress lines"""
+    """Name shown in progress lines."""
 
 
 def open_video(path: str, about: decoding.Probe, sandbox: Sandbox, deep: bool) -> SourceVideo:
@@ -99,7 +101,7 @@ def open_video(path: str, about: decoding.Probe, sandbox: Sandbox, deep: bool) -
 
 
 def open_sequence(urls: list[str], fps: float, sandbox: Sandbox, folder: str) -> SourceVideo:
-    """Images as the frames of a video; each is fetched when its turn comes."""
+    """Images as the frames of a video; each is fetched when it is needed."""
 
     def picture(url: str) -> np.ndarray:
         with storage.local_copy(url, folder) as path:
@@ -118,7 +120,7 @@ def open_sequence(urls: list[str], fps: float, sandbox: Sandbox, folder: str) ->
 
 
 class Progress:
-    """One line now and then: frames, frames/s of this run, time left."""
+    """Prints a progress line now and then: frames, frames/s of this run, time left."""
 
     def __init__(self, name: str, total: int, done: int) -> None:
         """total: frames as the container says, 0 if it does not. done: by an earlier run."""
@@ -141,7 +143,7 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class VideoJob:
-    """One video on its way to its file."""
+    """One video on the way to its file."""
 
     restorer: Restorer
     source: SourceVideo
@@ -152,11 +154,11 @@ class VideoJob:
     parts: RestoredParts
     sandbox: Sandbox
     folder: str
-    """local, for what is temporary"""
+    """Local folder for temporary files."""
 
     @property
     def format(self) -> VideoFormat:
-        """Of the restored video: with the rate, time base and colours of the source."""
+        """Format of the restored video, with the rate, time base and colours of the source."""
         about, how = self.source.about, self.encoding
         colours, (height, width) = encoding.Colours.of(about), self.size
         return VideoFormat(about.fps, width, height, how.codec, how.bits, how.crf, colours, about.time_base)
@@ -169,7 +171,7 @@ class VideoJob:
 
 
 def restore_video(job: VideoJob, state: dict[str, Tensor] | None) -> dict[str, Any]:
-    """Restore a video, going on from the `state` of an earlier job; its facts for the manifest."""
+    """Restore a video, continuing from an earlier job's `state`; returns its facts for the manifest."""
     stream = RestoreStream(job.restorer, job.size, job.encoding.deep)
     if state is not None:
         stream.load_state_dict(state)
@@ -207,7 +209,7 @@ def restore_pictures(job: VideoJob, stream: RestoreStream) -> None:
     path = os.path.join(job.folder, f"part.{ending}")
 
     def write(restored: Iterator[np.ndarray]) -> bool:
-        """One part of all that is ready; False if nothing is."""
+        """Write one part of the frames that are ready; False if there are none."""
         batch = next(restored, None)
         if batch is None:
             return False
@@ -221,7 +223,7 @@ def restore_pictures(job: VideoJob, stream: RestoreStream) -> None:
                 preview.after(number, frame)
                 number += 1
             with restorer.timed("write"):
-                open_files.close()  # encoders hold back some dozens of frames
+                open_files.close()  # encoders keep some dozens of frames back
                 if ending:
                     job.parts.put(path, first_pts - about.start_pts)
         progress.report(number)
@@ -252,7 +254,7 @@ class PictureWriter:
         pass
 
     def write(self, frame: np.ndarray, pts: int) -> None:
-        """The next frame; a folder of pictures has no time stamps, so `pts` is left out."""
+        """Write the next frame; a folder of pictures has no time stamps, so `pts` is ignored."""
         self._number += 1
         storage.write_bytes(storage.join(self._url, f"{self._number:08d}.png"), encoding.png(frame))
 
@@ -282,7 +284,7 @@ class Preview:
 def restore_image(
     restorer: Restorer, path: str, size: tuple[int, int], target: Target, sandbox: Sandbox
 ) -> dict[str, Any]:
-    """Restore a still picture; its transparency is enlarged beside it, a grey one stays grey."""
+    """Restore a still picture; transparency is enlarged separately, and a grey picture stays grey."""
     picture, alpha, grey = sandbox.call(decoding.load_image_parts, path)
     (batch,) = restorer.restore([picture], size)
     restored = batch[0]

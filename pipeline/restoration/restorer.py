@@ -1,9 +1,9 @@
-"""The restoration of one video of any length and size, frames in, frames out, in memory that does not grow.
+"""Restoration of one video of any length and size, frames in and frames out, in constant memory.
 
-A clip passes as one stream through the autoencoder's encoder (each convolution remembers its last
-inputs), the transformer restores overlapping chunks of that one latent sequence, the blended latents pass
-through the decoder as one stream again. Sides are padded to multiples of 16 by repeating the edge, the
-frame count to 4n+1 by repeating the last frame, and both are trimmed at the end: nothing is cropped.
+A clip passes as one stream through the autoencoder's encoder (each convolution remembers its last inputs),
+the transformer restores overlapping chunks of that latent sequence, and the blended latents pass through the
+decoder as one stream again. Sides are padded to multiples of 16 by repeating the edge, and the frame count to
+4n+1 by repeating the last frame; both are trimmed at the end, so nothing is cropped.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from pipeline.weights.backbones import Backbone, ModelConfig, load_with_prompts
 from pipeline.weights.frame_noise import frame_noise
 
 STEPS_OF_WORK = ("read", "encode", "transformer", "decode", "pixels", "write")
-"""pixels: sizes and colours; read and write: of files, where there are some."""
+"""Parts of the work that are timed; pixels is resizing and colours, read and write concern files."""
 
 T = TypeVar("T")
 
@@ -67,11 +67,11 @@ class Restorer:
         self.prompt = backbone.prompt.to(self.device, self.dtype)
         self.negative = backbone.negative and backbone.negative.to(self.device, self.dtype)
         self.plan: MemoryPlan | None = None
-        """Set it to restore within a memory; None: as `sampling` says, on whole frames."""
+        """Plan for restoring within a given memory; None restores as `sampling` says, on whole frames."""
         self.seconds = dict.fromkeys(STEPS_OF_WORK, 0.0)
         """Time spent so far in each part."""
         self.part = ""
-        """The part begun last."""
+        """The part that began last."""
 
     @classmethod
     def from_weights(
@@ -80,7 +80,7 @@ class Restorer:
         sampling: Sampling | None = None,
         device: torch.device | str | None = None,
     ) -> "Restorer":
-        """From folders that training wrote, or from released files."""
+        """Load the models from folders that training wrote, or from released files."""
         place, dtype = placement(device)
         return cls(
             weights_folder.load_vae(model.vae), load_with_prompts(model, dtype, place), sampling, place
@@ -95,7 +95,7 @@ class Restorer:
         )
 
     def use(self, network: nn.Module) -> None:
-        """Have a network on the device; with offload, the other goes to the CPU's memory."""
+        """Put a network on the device; when offloading, the other one moves to the CPU's memory."""
         if self.plan is not None and self.plan.offload:
             other = self.dit if network is self.vae else self.vae
             other.to("cpu")
@@ -137,7 +137,7 @@ class Restorer:
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Adds the time of its body to `seconds[part]`; `part` says where a failure was."""
+        """Adds the time of its body to `seconds[part]`; `part` tells where a failure occurred."""
         self.part = part
         start = time.monotonic()
         yield
@@ -146,7 +146,7 @@ class Restorer:
         self.seconds[part] += time.monotonic() - start
 
     def timed_items(self, part: str, items: Iterable[T]) -> Iterator[T]:
-        """The items, the time that each takes to come added to `seconds[part]`."""
+        """Yield the items, adding the time that each takes to arrive to `seconds[part]`."""
         iterator = iter(items)
         while True:
             with self.timed(part):
@@ -193,7 +193,7 @@ class RestoreStream:
         self._to_encode: list[np.ndarray] = []
         self._inputs: deque[np.ndarray] = deque()
         self.frames_out = 0
-        """Frames that have been given out."""
+        """Number of frames returned so far."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat CPU tensors, ready for safetensors."""
@@ -215,7 +215,7 @@ class RestoreStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where `state_dict` was taken, by a stream of the same models, sampling and size."""
+        """Continue where `state_dict` was taken, in a stream of the same models, sampling and size."""
         parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in state.items():
             part, name = key.split(".", 1)
@@ -233,8 +233,10 @@ class RestoreStream:
         self._frame_shape = tuple(parts["stream"]["frame_shape"].tolist())
 
     def push(self, frame: np.ndarray) -> Iterator[np.ndarray]:
-        """Takes one uint8 or uint16 (H, W, 3) frame; gives what became ready, (t, H, W, 3) at the output
-        size, in the depth that was asked for."""
+        """Take one uint8 or uint16 (H, W, 3) frame and return the frames that are ready.
+
+        They are (t, H, W, 3), at the output size and in the requested depth.
+        """
         number = self.frames_out + len(self._inputs)
         if self._frame_shape not in (None, frame.shape):
             raise ValueError(
@@ -250,7 +252,7 @@ class RestoreStream:
             yield from self._restore(self._cutter.push(self._encode()))
 
     def finish(self) -> Iterator[np.ndarray]:
-        """The rest."""
+        """The remaining frames, after the last one went in."""
         chunks = self._cutter.push(self._encode()) if self._to_encode else []
         yield from self._restore([*chunks, *self._cutter.finish()])
         rest = self._blender.finish()
@@ -260,7 +262,7 @@ class RestoreStream:
 
     @torch.inference_mode()
     def _encode(self) -> Tensor:
-        """The waiting frames' latent, fp32 (t, H', W', 16); one sample of the posterior, as in training."""
+        """The waiting frames' latent, fp32 (t, H', W', 16): a sample of the posterior, as in training."""
         with self._restorer.timed("pixels"):
             video = self._to_network(self._to_encode)
         self._to_encode = []
@@ -323,7 +325,7 @@ class RestoreStream:
         height, width = self._size
         return height + -height % preprocess.SIDE_MULTIPLE, width + -width % preprocess.SIDE_MULTIPLE
 
-    # Below, a frame at a time: it stays in the CPU's caches from one operation to the next.
+    # One frame at a time, so that it stays in the CPU's caches between operations.
 
     def _resized(self, frame: np.ndarray) -> Tensor:
         """A uint8 or uint16 (H, W, 3) frame -> float (1, 3, height, width) in [0, 1] at the output size."""

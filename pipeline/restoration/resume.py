@@ -1,12 +1,12 @@
-"""A restored video on its way to its file: a closed part per chunk, and the state after the last of them.
+"""A restored video on the way to its file: a finished part per chunk, and the state after the last one.
 
     <folder>/000012_480480.nut    pictures; the number is the time stamp of the first
-    <folder>/state.safetensors    what the restoration needs to go on, and the parts before
+    <folder>/state.safetensors    what the restoration needs to continue, and the parts before it
 
-A job that was killed goes on after the parts that the state knows; later ones are written again, with the
-same content. For the full autoencoder at 1080p the state is gigabytes, so it is saved only as often as leaves
-98% of the time to the restoration; parts are always cut at the same places, so that a result does not
-depend on when its job was killed.
+A killed job continues after the parts that the state knows; later ones are written again, with the same
+content. For the full autoencoder at 1080p the state is gigabytes, so it is saved rarely enough to leave 98%
+of the time to the restoration. Parts are always cut at the same places, so that a result does not depend on
+when its job was killed.
 """
 
 import os
@@ -37,8 +37,10 @@ class RestoredParts:
         self._saved_at, self._save_s = float("-inf"), 0.0
 
     def load(self) -> dict[str, Tensor] | None:
-        """The state that an earlier job left, if its parts are there too and were made in the same way;
-        else what is there is removed."""
+        """The state that an earlier job left, if its parts exist and were made with the same settings.
+
+        Otherwise whatever is there is removed.
+        """
         state_url = storage.join(self.url, _STATE)
         if storage.exists(state_url):
             with (
@@ -61,7 +63,7 @@ class RestoredParts:
         self._names.append(name)
 
     def save(self, state: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Make all that was put so far last, with the state after it; only where that is due."""
+        """Make the segments so far permanent, with the state after them, if a save is due."""
         start = time.monotonic()
         if (start - self._saved_at) * _SHARE_OF_TIME < self._save_s:
             return

@@ -1,4 +1,4 @@
-"""What determines how a restored video looks, beside the weights and the size."""
+"""The settings that determine how a restored video looks, besides the weights and the size."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -15,24 +15,28 @@ class Sampling:
     """Everything but the weights and the size that determines how a restored video looks."""
 
     steps: int | None = None
-    """Euler steps of the sampler; one step gives the smoothest picture and the highest PSNR (null: as the
-    model is meant to be sampled, 50, SeedVR2 1)"""
+    """Number of Euler steps of the sampler, to which time is proportional; a single step gives the smoothest
+    picture and the highest PSNR. Null takes the model's own: 50, or 1 for SeedVR2."""
     guidance_scale: float | None = None
-    """of classifier-free guidance towards the positive prompt; 1 is none and costs half as much (null: 1,
-    SeedVR 6.5)"""
+    """Scale of classifier-free guidance towards the positive prompt; 1 turns it off and halves the cost. Null
+    takes the model's own: 1, or 6.5 for SeedVR."""
     condition_noise: float | None = None
-    """noise on the low-quality latent, 0 to 1000, before it is shifted by the video's size; more noise frees
-    the model further from its input (null: 100, SeedVR2 0)"""
+    """Amount of noise on the low-quality latent, from 0 to 1000, before it is shifted by the video's size;
+    more noise lets the model depart further from its input. Null takes the model's own: 100, or 0 for
+    SeedVR2."""
     seed: int = 0
-    """of all noise; the same seed gives the same video"""
+    """Seed of all noise; the same seed gives the same video."""
     color_fix: Literal["wavelet", "adain", "none"] = "wavelet"
-    """take colours and low frequencies (wavelet) or channel means and deviations (adain) from the input"""
+    """What the result takes from its input: colours and low frequencies (wavelet), the mean and deviation of
+    each channel (adain), or nothing (none)."""
     chunk_frames: int = 21
-    """video frames that the transformer sees at once, 4n+1: the more, the steadier, and the more memory"""
+    """Video frames that the transformer sees at once, 4n+1; longer chunks are steadier over time and take
+    more memory."""
     overlap_frames: int = 8
-    """frames that neighbouring chunks share and blend over, a multiple of 4"""
+    """Frames that neighbouring chunks share and over which they are blended, a multiple of 4."""
     slice_frames: int = 8
-    """frames that the autoencoder takes at once, a multiple of 4; changes memory, not the result"""
+    """Frames that the autoencoder processes at once, a multiple of 4; this changes the memory it takes and
+    not the result."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -53,12 +57,12 @@ class Sampling:
             )
 
     def schedule(self, of_model: Schedule) -> Schedule:
-        """The model's schedule with what is given here in its place."""
+        """The model's schedule, overridden by the values given here."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(of_model)}
         return dataclasses.replace(of_model, **{k: value for k, value in given.items() if value is not None})
 
     @property
     def chunks(self) -> ChunkPlan:
-        """In latent frames."""
+        """The chunks in latent frames."""
         latent_frames = (self.chunk_frames - 1) // TEMPORAL_FACTOR + 1
         return ChunkPlan(latent_frames, self.overlap_frames // TEMPORAL_FACTOR)

@@ -1,6 +1,6 @@
-"""Static pages that jobs leave beside their results: one shell, one style, tables and sections.
+"""Static pages that jobs write with their results: one shell, one style, tables and sections.
 
-A page needs no server; what it shows besides text lies in files next to it.
+A page needs no server; whatever it shows besides text is a file next to it.
 """
 
 import html
@@ -19,7 +19,7 @@ figcaption{font-size:.88em;color:#555;text-align:center}img{max-width:100%;heigh
 
 
 def document(title: str, body: str, style: str = "", script: str = "") -> str:
-    """A whole page. body, style (beyond STYLE) and script are markup already; the title is plain text."""
+    """A whole page; `body` and `style` (in addition to STYLE) are markup, `title` is plain text."""
     code = f"<script>{script}</script>" if script else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -30,7 +30,7 @@ def document(title: str, body: str, style: str = "", script: str = "") -> str:
 
 
 def section(title: str, body: str) -> str:
-    """A heading and what stands below it; the title is plain text."""
+    """A heading and the markup below it; the title is plain text."""
     return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
 
 
@@ -47,5 +47,5 @@ def table(head: list[str], rows: list[list[str]], text_columns: frozenset[int] =
 
 
 def number(value: Any, decimals: int = 1) -> str:
-    """A number with thousands separated; a dash for anything else."""
+    """Format a number with thousands separators; anything else becomes a dash."""
     return f"{value:,.{decimals}f}" if isinstance(value, int | float) else "–"

@@ -36,7 +36,7 @@ def parse(config_class: type[C], description: str, arguments: Sequence[str] | No
 
 
 def run_job(config_class: type[C], description: str | None, run, arguments: Sequence[str] | None = None):
-    """What every `jobs/<stage>.py` does: read the config, run, turn a user's mistake into one line."""
+    """Entry point of every `jobs/<stage>.py`: read the config, run, report a user's mistake in one line."""
     config = parse(config_class, (description or "").split("\n")[0], arguments)
     try:
         return run(config)

@@ -1,8 +1,9 @@
-"""What the stages tell Prometheus: every name in one place.
+"""Metrics that the stages export to Prometheus, with all their names in one place.
 
 Ray serves them on each node's metrics port with the prefix `ray_`, so `openseedvr_rows` is
-`ray_openseedvr_rows_total` to Prometheus. Tag `table` is the folder that a stage writes: clips, scores,
-selection, text, latents; `model` is what ran: vae, text; of the trainings, what learns: vae, dit.
+`ray_openseedvr_rows_total` in Prometheus. The tag `table` is the folder that a stage writes (clips, scores,
+selection, text, latents); `model` is the model that ran (vae, text) or, in training, the one being trained
+(vae, dit).
 """
 
 import functools
@@ -35,7 +36,7 @@ _TRAINING = {
     "wait_share": "share of the step that waited for data, 0 to 1",
     "imbalance": "(max - mean) / mean of the workers' counted operations",
 }
-"""Gauges of a training, as in its log; `loss` is `openseedvr_train_loss`."""
+"""Gauges of a training, named as in its log; `loss` is `openseedvr_train_loss`."""
 
 
 @functools.cache
@@ -50,7 +51,7 @@ def _gauge(key: str) -> Gauge:
 
 
 def count(name: str, amount: float, **tags: str) -> None:
-    """Add to a counter; nothing to add is nothing to say."""
+    """Add to a counter; 0 is not reported."""
     if amount > 0:
         _counter(name).inc(amount, tags=tags)
 
@@ -68,7 +69,7 @@ def count_rejected(reasons: Mapping[str, int]) -> None:
 
 
 def show_training(model: str, step: int, samples: int, values: Mapping[str, float]) -> None:
-    """A step's numbers: those of `values` that have a gauge."""
+    """Set the gauges of a training step from those of `values` that have one."""
     count(TRAIN_SAMPLES, samples, model=model)
     for key, value in {**values, "step": step + 1}.items():
         if key in _TRAINING:

@@ -1,7 +1,7 @@
-"""What every stage shares around its own work: Ray, the peak memory, the summary.
+"""What all stages have in common: connecting to Ray, measuring peak memory, writing a summary.
 
 Stages run as `ray job submit --working-dir . -- python -m jobs.<stage> --config ...`; each job connects to
-the cluster it was submitted to. Nothing here knows what a stage does.
+the cluster it was submitted to. Nothing here depends on what a stage does.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ _SHARDS_PER_ROUND = 10_000
 def connect() -> None:
     """Connect to the cluster of this job (or start a local one when run by hand)."""
     if not ray.is_initialized():
-        # Submitted jobs are told their cluster. Without that, Ray would join whichever it last saw start
-        # here, also one that was killed since.
+        # Submitted jobs get their cluster's address. Without one, Ray would join the cluster that started
+        # last on this machine, even if it has been killed since.
         address = os.environ.get("RAY_ADDRESS", "local")
         # A Ray that ends with this job needs no dashboard; its four processes would take seconds to start.
         ray.init(address, log_to_driver=True, include_dashboard=False if address == "local" else None)
@@ -46,7 +46,7 @@ def cores() -> float:
 
 
 def check_shared(url: str, shared_filesystem: bool, key: str) -> None:
-    """ValueError for a file:// output on several nodes, unless the config vouches that all see it."""
+    """Raise ValueError for a file:// output on several nodes, unless the config says that they share it."""
     if url.startswith("file://") and nodes() > 1 and not shared_filesystem:
         raise ValueError(
             f"{key}: {url} is a local path and this cluster has {nodes()} nodes; write to s3://, or set "
@@ -67,15 +67,18 @@ def proportional_memory(process: psutil.Process) -> int:
 
 
 def job_processes() -> list[psutil.Process]:
-    """This job's processes on this machine: the raylet's tree that the driver is part of (its workers
-    are in it), or the driver's own tree when Ray was started by it."""
+    """Processes of this job on this machine.
+
+    They are the tree of the raylet that the driver belongs to, which includes the workers, or the driver's
+    own tree if it started Ray itself.
+    """
     me = psutil.Process()
     root = next((parent for parent in me.parents() if parent.name() == "raylet"), me)
     return [root, *root.children(recursive=True)]
 
 
 def object_store_bytes() -> int:
-    """Object-store memory in use on all nodes, as each node's metrics port tells it (every 10 s or so)."""
+    """Object-store memory in use on all nodes, as each node's metrics port reports it (every 10 s or so)."""
     total = 0.0
     for node in ray.nodes():
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
@@ -90,8 +93,10 @@ def object_store_bytes() -> int:
 
 
 class PeakMemory:
-    """Samples the memory (sum of PSS) of this job's processes on this machine, and the object store of the
-    cluster, until it is closed."""
+    """Samples memory until closed.
+
+    That is the sum of PSS of this job's processes on this machine, and the object store of the cluster.
+    """
 
     def __init__(self, interval_s: float = 2.0) -> None:
         self.peak_bytes = 0
@@ -117,7 +122,7 @@ class PeakMemory:
 
 @dataclasses.dataclass
 class Summary:
-    """What a stage prints at its end and leaves as `_summary.json`."""
+    """Summary that a stage prints at its end and writes to `_summary.json`."""
 
     stage: str
     rows_in: int = 0
@@ -139,7 +144,7 @@ class Summary:
         return {**dataclasses.asdict(self), "rows_per_second": self.rows_per_second}
 
     def table(self) -> str:
-        """A short table for a person."""
+        """A short human-readable table."""
         lines = [
             ("rows in", f"{self.rows_in}"),
             ("kept", f"{self.rows_kept}"),
@@ -157,7 +162,7 @@ class Summary:
 
 
 def run_stage(name: str, folder_url: str, work: Callable[[Summary], None]) -> Summary:
-    """Run a stage's work with time and memory measured; write and print its summary."""
+    """Run a stage's work, measure its time and memory, and write and print its summary."""
     connect()
     summary = Summary(name)
     start = time.monotonic()
@@ -182,10 +187,10 @@ def run_shards(
     constructor_args: tuple[Any, ...] = (),
     **resources: Any,
 ) -> list[dict[str, Any]]:
-    """Send every pending shard through one Ray Data operator; one shard is one block, one task, one file.
+    """Send every pending shard through one Ray Data operator: one shard is one block, one task, one file.
 
-    task: `row {"shard": JSON of a Shard} -> report row` as a function, or a class (an actor that loads its
-    models once) with such a `__call__`. Many shards go in rounds, so that Ray holds a bounded number.
+    task: a function `row {"shard": JSON of a Shard} -> report row`, or a class with such a `__call__` (an
+    actor that loads its models once). Many shards are sent in rounds, so that Ray holds a bounded number.
     """
     reports: list[dict[str, Any]] = []
     for first in range(0, len(pending), _SHARDS_PER_ROUND):

@@ -1,13 +1,13 @@
-"""Plan, then shards: how a stage divides its rows, skips what is done and survives a kill.
+"""Plans and shards: how a stage divides its rows, skips finished ones and survives a kill.
 
 A plan assigns input rows to shards. One task makes one shard and writes it as `part-<plan>-<shard>.parquet`,
-whole or not at all; a file that is there means done. So a stage that is run again makes only what is
-missing, and rows are neither lost nor written twice. Rows of a later plan (new clips, a looser threshold)
-go to new files beside the old ones.
+either whole or not at all; an existing file means that the shard is done. A stage that is run again therefore
+makes only what is missing, and rows are neither lost nor written twice. Rows of a later plan (new clips, a
+looser threshold) go to new files beside the old ones.
 
 A plan is a Parquet file below `_plan/` whose row groups are the shards; a task reads its own row group. Many
-rows make several plans of at most `ROWS_PER_PLAN`, so that the driver holds one of them at a time and of
-all others 8 bytes a row.
+rows make several plans of at most `ROWS_PER_PLAN`, so that the driver holds only one of them at a time and 8
+bytes for each row of the others.
 """
 
 import dataclasses
@@ -42,25 +42,25 @@ class Shard:
         return f"part-{self.plan}-{self.number:05d}.parquet"
 
     def to_json(self) -> str:
-        """What travels to the task that makes it."""
+        """The form in which a shard is sent to its task."""
         return json.dumps(dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """What a stage has to do: the shards without a file."""
+    """The work left for a stage: the shards without a file."""
 
     rows: int  # that were given, each once
     pending: list[Shard]
 
     @property
     def already_done(self) -> int:
-        """Rows whose shard was made before (more than `rows` if some were given in an earlier run only)."""
+        """Rows whose shard was made before; may exceed `rows` if an earlier run had others."""
         return max(0, self.rows - sum(shard.size for shard in self.pending))
 
 
 def check_fingerprint(folder_url: str, fingerprint: str) -> None:
-    """ValueError if the folder holds rows, or plans of rows, that were made in another way."""
+    """Raise ValueError if the folder holds rows, or plans of rows, made with other settings."""
     files = [*storage.parquet_files(folder_url)[:1], *_plan_files(folder_url)[:1]]
     for file in files:
         found = (storage.read_schema(file).metadata or {}).get(schema.FINGERPRINT_KEY, b"").decode()
@@ -76,7 +76,7 @@ def _plan_files(folder_url: str) -> list[str]:
 
 
 def _hashes(ids: Iterable[str]) -> np.ndarray:
-    """A 63-bit number for each id. Two of a billion ids are alike with a chance of 5%, of a million 5e-8."""
+    """A 63-bit number per id; the chance that any two collide is 5% for a billion ids, 5e-8 for a million."""
     return np.fromiter((hashing.stable_hash(row_id) for row_id in ids), np.int64)
 
 
@@ -100,12 +100,12 @@ def plan(
     rows_per_shard: int,
     near: Callable[[dict[str, Any]], str] | None = None,
 ) -> Planned:
-    """Plan the rows that no earlier plan holds, then tell every planned shard that is still to make.
+    """Plan the rows that no earlier plan holds, then list every planned shard that is not made yet.
 
-    A row is what a task needs to begin with; its `id_column` is its identity, and one that comes twice
-    counts once. near: rows for which it is equal (a source's clips) go to the same shard if they can. Plans
-    are written before any work starts, so a stage that was killed finds the same shards again, and a late
-    writer of the killed run can only write the same bytes to the same name.
+    A row holds what its task needs to begin with; its `id_column` identifies it, and rows with the same id
+    count once. near: rows for which it returns the same value (a source's clips) go to the same shard if
+    possible. Plans are written before any work starts, so a stage that was killed finds the same shards
+    again, and a late writer of the killed run can only write the same bytes to the same name.
     """
     check_fingerprint(folder_url, fingerprint)
     parts = [_hashes(storage.read_table(file, ["id"])["id"].to_pylist()) for file in _plan_files(folder_url)]
@@ -147,7 +147,7 @@ def _write_plan(
     table = pa.Table.from_pylist(
         [{"id": row[id_column], "row": json.dumps(row)} for row in rows], schema=PLAN_SCHEMA
     )
-    # Equal parts, none of which is larger than asked for.
+    # Equal parts, none of them larger than requested.
     number = -(-len(rows) // rows_per_shard)
     edges = [len(rows) * i // number for i in range(number + 1)]
     groups = [table.slice(first, last - first) for first, last in itertools.pairwise(edges)]
@@ -214,7 +214,7 @@ def write_shard(folder_url: str, shard: Shard, rows: list[dict[str, Any]], table
 
 @dataclasses.dataclass
 class ShardReport:
-    """What one task says of its shard."""
+    """A task's report on its shard."""
 
     rows: int
     errors: int
@@ -242,6 +242,6 @@ def make_shard(
 
 
 def count_reasons(reasons: list[str | None]) -> dict[str, int]:
-    """How often each reason stands, most frequent first; the part before ':' counts."""
+    """Count the reasons by the part before ':', most frequent first."""
     counted = Counter(reason.split(":")[0] for reason in reasons if reason)
     return dict(counted.most_common())

@@ -1,3 +1,4 @@
-"""Bytes and contracts: storage on file:// and s3://, the tables' schemas, ids and hashes, caches.
+"""Storage on file:// and s3://, the tables' schemas, ids and hashes, caches.
 
-Imports nothing else of the pipeline."""
+Imports nothing else of the pipeline.
+"""

@@ -1,4 +1,4 @@
-"""Tensors in Parquet columns: raw little-endian bf16 bytes beside a `_shape` list (PyArrow has no bf16)."""
+"""Tensors in Parquet columns: raw little-endian bf16 bytes next to a `_shape` list (PyArrow has no bf16)."""
 
 from typing import Any
 

@@ -8,7 +8,7 @@ CONTRACT_VERSION = 1
 
 
 def fingerprint(**determinants: Any) -> str:
-    """16 hex digits over everything that determines a row's content (never which rows exist)."""
+    """16 hex digits over everything that determines the content of rows (but not which rows exist)."""
     text = json.dumps({"contract": CONTRACT_VERSION, **determinants}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

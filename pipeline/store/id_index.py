@@ -1,4 +1,4 @@
-"""Values of millions of clips by their id, as sorted arrays: 16 bytes a clip and what is stored."""
+"""Lookup of values by clip id for millions of clips, in sorted arrays: 16 bytes per clip plus its value."""
 
 from collections.abc import Iterable
 
@@ -12,7 +12,7 @@ def id_array(ids: Iterable[str]) -> np.ndarray:
     values = np.array([text.encode() for text in ids], dtype=bytes)
     if values.dtype.itemsize > ID_BYTES:
         raise ValueError(
-            f"{values[np.char.str_len(values).argmax()].decode()!r} is no id: over 16 characters"
+            f"{values[np.char.str_len(values).argmax()].decode()!r} is not an id: it has over 16 characters"
         )
     return values.astype(f"S{ID_BYTES}")
 

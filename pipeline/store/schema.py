@@ -1,7 +1,7 @@
 """Every table that a stage writes: its columns, units and file layout, in one place.
 
-The way of a clip: clips -> scores -> selection -> text + latents. All tables are Parquet. A table's
-`fingerprint` metadata names what determines the content of its rows (contract version, model hashes,
+A clip passes through clips -> scores -> selection -> text + latents. All tables are Parquet. A table's
+`fingerprint` metadata is a hash of what determines the content of its rows (contract version, model hashes,
 recipe, seed, sampling), so that rows of two kinds never mix.
 """
 
@@ -69,7 +69,7 @@ SELECTION_SCHEMA = _fields(
     split=pa.string(),  # train | held_out
 )
 
-# `_shape` beside each large_binary; raw little-endian bf16, token order, never padded.
+# Each large_binary has a `_shape` column; raw little-endian bf16, in token order, never padded.
 TEXT_SCHEMA = _fields(
     clip_id=pa.string(),
     clip_l=pa.large_binary(),
@@ -125,7 +125,7 @@ def scores_schema(score_names: list[str]) -> pa.Schema:
     return pa.schema([pa.field("clip_id", pa.string()), *scores, pa.field("error", pa.string())])
 
 
-# Networks that score and their columns. A clip that the weight-free scores reject gets none of them.
+# Scoring networks and their columns. A clip rejected by its weight-free scores gets none of them.
 LEARNED_SCORES = {
     "aesthetic": ("aesthetic",),
     "clip_iqa": ("clip_iqa",),

@@ -1,9 +1,9 @@
-"""Sources on S3 as local files: a node fetches each once, however many clips and spans of it are read there.
+"""Local copies of sources on S3: a node fetches each source once, however many of its clips are read there.
 
-Decoders seek, and foreign files are decoded without credentials, so they need whole local files. The tasks
-that read one source come in any order and on any worker; a node's workers share a folder of copies below the
-temporary folder, of at most half of the free disk, of which the least recently used go first. Its name holds
-Ray's node and job: nothing outlives the job that fetched it.
+Decoders seek, and foreign files are decoded without credentials, so decoding needs whole local files. The
+tasks that read one source run in any order and on any worker, so a node's workers share a folder of copies
+below the temporary folder. It takes at most half of the free disk; the least recently used copies are removed
+first. The folder's name contains Ray's node and job, so nothing outlives the job that fetched it.
 """
 
 import atexit
@@ -32,7 +32,7 @@ _CLEAR_LIMIT_S = 30.0
 
 
 def _folder() -> Path:
-    """This node's copies for this job; without Ray this process's."""
+    """Folder of this node's copies for this job; without Ray, of this process's copies."""
     if not ray.is_initialized():
         return _made_folder(f"process-{os.getpid()}", ends_with_process=True)
     context = ray.get_runtime_context()
@@ -66,7 +66,7 @@ def local_file(url: str, etag: str | None, last_use: bool = False) -> Iterator[s
     folder, ending = _folder(), os.path.splitext(url)[1]
     folder.mkdir(mode=0o700, exist_ok=True)
     kept = folder / (hashing.stable_id(url, etag or "") + ending)
-    # A name of one's own: another process may take `kept` away meanwhile.
+    # A private name, since another process may remove `kept` meanwhile.
     mine = folder / f".{uuid.uuid4().hex}{ending}"
     try:
         with _locked(folder / f".lock{hashing.stable_hash(kept.name) % _LOCKS}"):
@@ -88,7 +88,7 @@ def local_file(url: str, etag: str | None, last_use: bool = False) -> Iterator[s
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # freed when its holder ends, however that is
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when its holder ends, however that happens
         yield
 
 
@@ -115,7 +115,7 @@ def clear() -> None:
 
 
 def clear_on_every_node() -> None:
-    """At a job's end; what cannot be reached is removed by a later job."""
+    """Clean up at the end of a job; what cannot be reached is removed by a later job."""
     task = ray.remote(num_cpus=0, max_retries=0)(clear)
     with contextlib.suppress(RayError):
         places = [

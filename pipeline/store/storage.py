@@ -1,11 +1,11 @@
-"""All bytes go through here: one filesystem object for file:// and s3://, set up once.
+"""All reading and writing of bytes: one filesystem object each for file:// and s3://, set up once.
 
-URLs are absolute: a stage runs as a Ray job whose working directory is a copy that vanishes with it.
-Credentials come from the environment (or the machine's role) and never stand in a URL.
+URLs are absolute, since a stage runs as a Ray job whose working directory is a temporary copy. Credentials
+come from the environment (or the machine's role) and are never part of a URL.
 
-An object appears whole or not at all. What an object store fails to do is tried again with back-off; what
-still fails after that is a StorageError, which ends the job (run it again, it goes on) instead of becoming
-an error row: an outage says nothing about a file.
+An object appears whole or not at all. Failed requests to an object store are retried with back-off; one that
+still fails raises StorageError, which ends the job (a rerun resumes it) rather than becoming an error row,
+since an outage says nothing about a file.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 T = TypeVar("T")
 
-# Each request is tried by botocore, then by s3fs (5 times, dropped connections), then by `_insist`.
+# Each request is retried by botocore, by s3fs (5 times, for dropped connections) and by `_insist`.
 _S3_OPTIONS: dict[str, Any] = {
     "use_listings_cache": False,
     "default_block_size": 16 * 1024**2,
@@ -47,7 +47,7 @@ _KEYS_PER_PAGE = 1000  # of a listing
 
 
 class StorageError(RuntimeError):
-    """The object store did not answer, or not in full, however often it was asked."""
+    """The object store did not answer, or not in full, in spite of all retries."""
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -60,9 +60,9 @@ def _failures() -> tuple[type[Exception], ...]:
 
 
 def _insist(url: str, action: Callable[[], T], final: tuple[type[Exception], ...]) -> T:
-    """The action's result, tried again with growing pauses while an s3:// URL's store fails.
+    """The action's result, retried with growing pauses while an s3:// URL's store fails.
 
-    final: what no further attempt can change (a missing object) and is raised as it is.
+    final: errors that no retry can change (a missing object), which are raised at once.
     """
     if not url.startswith("s3://"):
         return action()
@@ -85,8 +85,10 @@ def _reading(url: str, action: Callable[[], T]) -> T:
 
 
 def _writing(url: str, action: Callable[[], T]) -> T:
-    """Writes are whole objects of the same bytes, so that doing one again is harmless. "No such upload"
-    (FileNotFoundError) may only mean that the reply to its completion was lost."""
+    """Retry a write, which is harmless because it writes a whole object with the same bytes.
+
+    "No such upload" (FileNotFoundError) may only mean that the reply to the upload's completion was lost.
+    """
     return _insist(url, action, (PermissionError,))
 
 
@@ -122,7 +124,7 @@ def filesystem(url: str) -> fsspec.AbstractFileSystem:
 
 
 def arrow_filesystem(url: str) -> pa_fs.FileSystem:
-    """The same filesystem object for those that want PyArrow's interface (Ray)."""
+    """The same filesystem object behind PyArrow's interface, which Ray takes."""
     return pa_fs.PyFileSystem(pa_fs.FSSpecHandler(filesystem(url)))
 
 
@@ -140,8 +142,11 @@ def exists(url: str) -> bool:
 
 
 def walk(url: str) -> Iterator[tuple[str, int, str]]:
-    """Every file below a URL (or the file that it is) as (URL, bytes, etag or ''), a folder or a page at a
-    time, so that memory does not grow with their number. In a stable order; a missing folder has none."""
+    """Every file below a URL, or the file itself, as (URL, bytes, etag or ''), in a stable order.
+
+    They come a folder or a page at a time, so that memory does not grow with their number. A missing folder
+    has none.
+    """
     found = False
     for entry in _walk_bucket(url) if url.startswith("s3://") else _walk_folder(path_of(url)):
         found = True
@@ -171,7 +176,7 @@ def _walk_folder(path: str) -> Iterator[tuple[str, int, str]]:
     except (FileNotFoundError, NotADirectoryError):
         return
     for entry in entries:
-        with contextlib.suppress(FileNotFoundError):  # taken away meanwhile
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
             if entry.is_dir():
                 if entry.is_symlink() and f"{path}/".startswith(os.path.realpath(entry.path) + "/"):
                     continue  # a loop
@@ -181,7 +186,7 @@ def _walk_folder(path: str) -> Iterator[tuple[str, int, str]]:
 
 
 def _file_info(url: str) -> dict[str, Any] | None:
-    """What the filesystem says of a file; None if there is none."""
+    """The filesystem's information on a file; None if there is no such file."""
     try:
         info = _reading(url, lambda: filesystem(url).info(path_of(url)))
     except FileNotFoundError:
@@ -222,8 +227,10 @@ def sha256(url: str) -> str | None:
 
 @contextlib.contextmanager
 def whole_file(url: str) -> Iterator[str]:
-    """A local path to write to. Left without an error, the URL becomes that file at once: readers see the old
-    object or the new one, never a part."""
+    """A local path to write to, which becomes the URL's file when the block ends without an error.
+
+    Readers see the old object or the new one, never a part of it.
+    """
     if url.startswith("s3://"):
         with tempfile.TemporaryDirectory(prefix="openseedvr-") as folder:
             path = os.path.join(folder, "object")

@@ -1,7 +1,7 @@
-"""URLs in configs: a field of type `Url` holds a whole URL, also where a plain path was given.
+"""URLs in configs: a field of type `Url` holds a complete URL, even if a plain path was given.
 
-A config's `__post_init__` begins with `check_urls(self)`, so that a config from a file, from the command
-line or built in code holds the same.
+A config's `__post_init__` begins with `check_urls(self)`, so that configs from a file, from the command line
+and from code hold the same.
 """
 
 import dataclasses
@@ -11,15 +11,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pipeline.store.storage import check_url
 
 Url = Annotated[str, "URL"]
-"""file:// or s3://, absolute, without a trailing slash."""
+"""A file:// or s3:// URL, absolute, without a trailing slash."""
 
 
 def check_urls(config: Any, prefix: str = "") -> None:
-    """Make every `Url` of a frozen dataclass whole, in place, also within dicts and lists; where the type
-    allows a word instead (`Url | Literal["hub"]`), the word stays.
+    """Complete every `Url` of a frozen dataclass in place, also within dicts and lists.
 
-    prefix: of the field's key in error messages, such as "model.". ValueError, naming the key, for a URL
-    that cannot be used.
+    Where the type allows a word instead (`Url | Literal["hub"]`), the word stays. prefix: of the field's key
+    in error messages, such as "model.". Raises ValueError, naming the key, for a URL that cannot be used.
     """
     hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):

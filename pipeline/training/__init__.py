@@ -1,3 +1,4 @@
-"""Training the transformer and the autoencoder: runs, their state, their samples, their objectives; its cost.
+"""Training of the transformer and the autoencoder: runs, state, samples, objectives; its cost.
 
-May import data and what lies below it; never restoration."""
+May import data and what lies below it; never restoration.
+"""

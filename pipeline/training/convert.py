@@ -1,8 +1,8 @@
-"""Weights from one form into another, with a model card: released files, our folders, training checkpoints.
+"""Conversion of weights, with a model card, between released files, our folders and checkpoints.
 
-In: a released file (.pth, .safetensors), a weights folder, or a checkpoint of train_dit (its moving average
-or the weights as they train). Out: one file with the released names, or a weights folder, which restore
-and train_dit take as `kind: own`. Tensors of files are mapped, not copied.
+Input: a released file (.pth, .safetensors), a weights folder, or a checkpoint of train_dit (its moving
+average or its raw weights). Output: one file with the released names, or a weights folder, which restore and
+train_dit take as `kind: own`. Tensors of files are mapped, not copied.
 """
 
 import dataclasses
@@ -36,24 +36,29 @@ class ConvertConfig:
     """What `jobs.convert` reads."""
 
     source: Url
-    """URL of a released file (.pth, .safetensors), of a weights folder, or of one checkpoint of train_dit
-    (<output>/checkpoints/dit/checkpoint_...)"""
+    """URL of the weights to convert: a released file (.pth or .safetensors), a weights folder, or one
+    checkpoint of `jobs.train_dit` (<output>/checkpoints/dit/checkpoint_...)."""
     output: Url
-    """URL: a name in .pth or .safetensors makes a file with the released names, any other a weights folder"""
+    """URL of the result: a name that ends in .pth or .safetensors makes a single file with the released
+    names, any other a weights folder."""
     kind: ReleasedKind | None = None
-    """what a source file holds (null for folders, which say so themselves)"""
+    """Which released model a source file holds; null for folders, which say so themselves."""
     which: Literal["average", "raw"] = "average"
-    """of a checkpoint: the moving average, or the weights as they train"""
+    """Which weights to take from a checkpoint: the moving average, or the raw weights as they are trained."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
-    """precision of the result"""
+    """Precision of the converted weights; keep leaves it as it is."""
     positive: Url | None = None
-    """URL of the release's pos_emb.pt, to make a weights folder of a released transformer"""
+    """URL of the released positive prompt, pos_emb.pt, which a weights folder of a released transformer
+    needs; give it together with `negative`."""
     negative: Url | None = None
-    """URL of its neg_emb.pt, likewise"""
+    """URL of the released negative prompt, neg_emb.pt, which a weights folder of a released transformer
+    needs; give it together with `positive`."""
     data: Url | None = None
-    """URL of the data root that a checkpoint was trained on, to make a weights folder: it has the prompts"""
+    """URL of the data root on which a checkpoint was trained and which holds its prompts, needed to make a
+    weights folder of a checkpoint."""
     license: str | None = None
-    """for the model card (null: that of the released weights for them and what was tuned from them)"""
+    """Licence named on the model card; null names that of the released weights, for them and for what was
+    fine-tuned from them."""
 
     def __post_init__(self) -> None:
         check_urls(self)
@@ -69,7 +74,7 @@ class ConvertConfig:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Weights with all that is known of them; `shape` is the model's config."""
+    """Weights with everything known about them; `shape` is the model's config."""
 
     kind: str
     shape: Any
@@ -80,7 +85,7 @@ class Loaded:
 
 @contextmanager
 def opened(config: ConvertConfig) -> Iterator[Loaded]:
-    """The source; its tensors are mapped from files that are there until the end."""
+    """Open the source; its tensors are mapped from files that exist until the block ends."""
     with tempfile.TemporaryDirectory() as folder:
         if config.kind is not None:
             with storage.local_copy(config.source, folder) as path:
@@ -116,7 +121,7 @@ def read_checkpoint(config: ConvertConfig) -> Loaded:
     state, tensors = checkpoint.read_checkpoint(config.source, "dit", average=config.which == "average")
     network = state.get("network")
     if network is None:
-        raise ValueError(f"source: {config.source} is no checkpoint of train_dit")
+        raise ValueError(f"source: {config.source} is not a checkpoint of train_dit")
     prompts = None if config.data is None else text_embeddings.read_texts(config.data).prompts()
     facts = {"training": {"step": state["step"], "initial": state["initial"], "weights": config.which}}
     return Loaded(network["kind"], weights_folder.shape_from_json(network), tensors, prompts, facts)
@@ -173,7 +178,7 @@ def card(config: ConvertConfig, loaded: Loaded) -> str:
 
 
 def run(config: ConvertConfig) -> None:
-    """Convert, and write the card: in a folder, or beside a file."""
+    """Convert, and write the card into the folder or next to the file."""
     with opened(config) as loaded:
         write(config, loaded)
         beside = (

@@ -1,9 +1,9 @@
-"""What a training will take before it is started: memory of a GPU by part, FLOPs, hours and cost.
+"""Estimate of what a training will take before it starts: GPU memory by part, FLOPs, hours and cost.
 
 Everything is counted from the config: no data, no weights, no Ray. FLOPs are those of matrix products
-(model/flops.py), memory is counted in memory_cost.py; packs are filled by the code that fills them in
-training, from a mix of samples that the config assumes. The machine's speed is the one thing that cannot be
-counted: a stated utilisation.
+(model/flops.py), memory is counted in memory_cost.py; packs are filled by the same code as in training, from
+a mix of samples that the config assumes. The machine's speed is the one thing that cannot be counted; the
+config states a utilisation.
 """
 
 import dataclasses
@@ -39,21 +39,24 @@ class PlanConfig(train_dit.TrainDitConfig):
     """What `jobs.plan` reads: the config of a training, and what is assumed of machines and samples."""
 
     peak_tflops: float = 989.4
-    """of one GPU in bf16 without sparsity (an H100 SXM)"""
+    """Peak speed of one GPU in bf16 without sparsity, in 10^12 operations per second; the default is an H100
+    SXM's."""
     utilisation: float = 0.35
-    """share of the peak that the counted FLOPs reach; recomputed activations do not count as work"""
+    """Share of the peak speed, from 0 to 1, that the counted operations are assumed to reach; recomputed
+    activations do not count as work."""
     gpu_memory_gb: float = 80.0
-    """of one GPU"""
+    """Memory of one GPU in GB."""
     price_per_gpu_hour: float = 4.0
-    """in your currency"""
+    """Price of one GPU for one hour, in your currency."""
     text_tokens: int = 154
-    """text tokens of a sample (the released prompt has 58)"""
+    """Text tokens of a sample; the released prompt has 58."""
     image_share: float = 2 / 3
-    """share of images among samples where a stage has both (the paper: 10M images, 5M videos)"""
+    """Assumed share of images among the samples of a stage that has both images and videos; the default is
+    the paper's, 10 million images to 5 million videos."""
     native_shapes: list[cropping.Bucket] = dataclasses.field(
         default_factory=lambda: [cropping.Bucket(1, 1024, 1024), cropping.Bucket(21, 720, 1280)]
     )
-    """what samples of the bucket `native` are taken to be"""
+    """Sizes that samples of the bucket `native` are assumed to have."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +66,7 @@ class PlanConfig(train_dit.TrainDitConfig):
 
 
 def shape_of(config: train_dit.TrainDitConfig) -> Config:
-    """The network's shape; a released model's without its file."""
+    """The network's shape; for a released model without reading its file."""
     if config.initial is None:
         assert config.model is not None  # TrainDitConfig has checked
         return config.model
@@ -150,7 +153,7 @@ def plan_stage(config: PlanConfig, stage: train_dit.StageConfig, parameters: int
     attention = sum(counted[sample].attention for sample in samples) * TRAINING_OVER_FORWARD * scale
     tokens = sum(sample.video_tokens for sample in samples) * scale
     speed = config.scale.workers[1] * config.peak_tflops * 1e12 * config.utilisation
-    # The heaviest pack decides, not the mean one.
+    # The largest pack counts, not the mean.
     heaviest = max(packs, key=lambda pack: activation_bytes(model, pack, cuda, config.checkpoint_activations))
     activations = [activation_bytes(model, heaviest, cuda, checkpointed) for checkpointed in (False, True)]
     chosen = activations[config.checkpoint_activations]
@@ -196,7 +199,7 @@ def simulated_packs(
     return [[kinds[stream[position].row["reference"]][0] for position in pack] for pack in packed.packs]
 
 
-# --- what a person reads ---
+# --- the report ---
 
 
 def describe(config: PlanConfig) -> str:

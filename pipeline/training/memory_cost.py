@@ -1,4 +1,4 @@
-"""Bytes of one GPU's memory while a transformer trains, counted from the shapes of network and samples."""
+"""GPU memory while a transformer trains, counted from the shapes of the network and the samples."""
 
 import dataclasses
 
@@ -59,7 +59,7 @@ class Memory:
     moving_average: float
     """fp32; where the optimiser's fp32 weights are"""
     buckets: float
-    """gradients on their way, and with ZeRO-3 gathered parameters"""
+    """Gradients in transit, and with ZeRO-3 gathered parameters."""
     activations: float
 
     @property
@@ -68,7 +68,7 @@ class Memory:
 
 
 def fixed_memory(scale: ScaleConfig, parameters: int) -> Memory:
-    """All that does not depend on the pack."""
+    """Memory of everything that does not depend on the pack."""
     ranks = scale.workers[1]
     value = 2 if scale.use_gpu else 4
     zero = scale.zero_stage
@@ -85,9 +85,9 @@ def fixed_memory(scale: ScaleConfig, parameters: int) -> Memory:
 
 
 def activation_bytes(model: Config, pack: list[Sample], cuda: bool, checkpointed: bool) -> float:
-    """At the peak, which is where the backward pass begins: what was kept, and the first gradients.
+    """Memory at the peak, when the backward pass begins: what was kept, and the first gradients.
 
-    With checkpoints that is every layer's input and one layer whole.
+    With activation checkpoints that is every layer's input and one whole layer.
     """
     value = 2 if cuda else 4
     kept = [kept_values(model, sample, cuda) for sample in pack]

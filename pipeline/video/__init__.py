@@ -1,3 +1,4 @@
 """Media files: probing, decoding in a sandbox, colour, encoding, muxing.
 
-May import runtime and store."""
+May import runtime and store.
+"""

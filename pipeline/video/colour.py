@@ -1,4 +1,4 @@
-"""From a decoded frame's coded pixels to those that are shown or measured: turned, square, in range.
+"""From a decoded frame's coded pixels to displayed or measured ones: orientation, pixel aspect, range.
 
 The converters keep swscale's context between the frames of one stream.
 """
@@ -22,7 +22,7 @@ from av.video.reformatter import (
 EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND
 HDR_TRANSFERS = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
 UNSPECIFIED_COLORSPACE = 2  # AVCOL_SPC_UNSPECIFIED
-_HD_HEIGHT = 720  # files that name no colour matrix: players take BT.709 from here on, BT.601 below
+_HD_HEIGHT = 720  # without a stated colour matrix, players assume BT.709 from here on, BT.601 below
 
 
 class Geometry:
@@ -34,7 +34,7 @@ class Geometry:
         aspect = sample_aspect or Fraction(1)
         self.sample_aspect = aspect if Fraction(1, 10) <= aspect <= 10 else Fraction(1)
         width, height = self.coded
-        # The side that grows is the one to change: no pixel is thrown away.
+        # Only the side that grows is changed, so that no pixel is lost.
         if self.sample_aspect > 1:
             width = round(width * self.sample_aspect)
         elif self.sample_aspect < 1:

@@ -1,9 +1,9 @@
 """Video and image files: probing, exact decoding to RGB. Plain functions, no Ray.
 
-Frames leave here as uint8 `(H, W, 3)` RGB as a player shows them: rotation applied, pixels square, colour
-matrix and range honoured, HDR mapped to standard range. Foreign files are hostile: stages call these
-functions through `pipeline.video.sandbox`, in a child process with limits. Every mistake of a file is a
-ValueError that a person understands.
+Frames leave here as uint8 `(H, W, 3)` RGB as a player shows them: rotated, with square pixels, the right
+colour matrix and range, and HDR mapped to standard range. Foreign files are untrusted, so stages call these
+functions through `pipeline.video.sandbox`, in a child process with limits. Anything wrong with a file raises
+ValueError with a message that a person understands.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from pipeline.video import colour
 MAX_PIXELS = 8192 * 8192
 """Larger frames are refused before they are decoded: a forged header must not fill the memory."""
 
-# Playlists and other formats that make FFmpeg open further files or URLs are not among these.
+# These exclude playlists and other formats that make FFmpeg open further files or URLs.
 DEMUXERS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,gif,h264,hevc,m4v,ivf,obu,nut,rm,yuv4mpegpipe"
 )
@@ -39,7 +39,7 @@ _MAX_BAD_PACKETS = 200
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """What a file says of itself, checked by decoding its first frame."""
+    """Facts that a file states about itself, checked by decoding its first frame."""
 
     media: str  # video | image
     codec: str
@@ -66,11 +66,11 @@ class Probe:
 
 
 def _reason(error: Exception) -> str:
-    """One line on why FFmpeg refused, with what its log adds."""
+    """One line on why FFmpeg refused, including its log."""
     log = getattr(error, "log", None)
     text = getattr(error, "strerror", None) or str(error)
     if log and "not on whitelist" in log[2]:
-        return "it is no image and no video of a format that is read here"
+        return "it is neither an image nor a video in a supported format"
     detail = f" ({log[2].strip()})" if log else ""
     return f"FFmpeg cannot read it: {text}{detail}"
 
@@ -90,11 +90,11 @@ def _check_pixels(width: int, height: int, max_pixels: int) -> None:
 
 
 def _open_quietly(path: str) -> Any:
-    """The file's container; FFmpeg's log is heard while it opens (for the reason of a failure), then off."""
+    """The file's container; FFmpeg's log is on while it opens (to explain a failure), then off."""
     av.logging.set_level(av.logging.ERROR)
     try:
         with av.logging.Capture():
-            # Titles in another encoding, or damaged ones, are no reason to refuse the pictures.
+            # Titles that are damaged or in another encoding are no reason to refuse the pictures.
             options = {"format_whitelist": DEMUXERS}
             return av.open("file:" + path, options=options, metadata_errors="replace")
     finally:
@@ -124,7 +124,7 @@ def _open_video(path: str, threads: int, max_pixels: int) -> Iterator[tuple[Any,
 
 
 def _decode(container: Any, stream: Any) -> Iterator[tuple[int, VideoFrame]]:
-    """(pts, frame) in display order; a damaged packet is passed over, as players do."""
+    """Yield (pts, frame) in display order; a damaged packet is skipped, as players do."""
     step = frame_step(stream)
     last: int | None = None
     bad = 0
@@ -217,8 +217,7 @@ def _open_image(path: str, max_pixels: int) -> Iterator[Image.Image]:
 
 
 def load_image(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A still picture as uint8 `(H, W, 3)` RGB: EXIF orientation applied, grey spread to three channels,
-    16 bits cut to 8, transparency laid over black."""
+    """An upright still picture as uint8 `(H, W, 3)` RGB, of 16 bits the upper 8, transparency over black."""
     with _open_image(path, max_pixels) as image:
         if _has_alpha(image):
             image = image.convert("RGBA")
@@ -227,8 +226,10 @@ def load_image(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def load_image_parts(path: str, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, np.ndarray | None, bool]:
-    """As `load_image`, but colours as stored under the transparency; the transparency, uint8 `(H, W)`, or
-    None; and whether the file holds grey alone."""
+    """A still picture, its transparency (uint8 `(H, W)` or None), and whether the file holds only grey.
+
+    The colours are those stored beneath the transparency.
+    """
     with _open_image(path, max_pixels) as image:
         grey = image.mode.startswith(("1", "L", "I", "F"))
         if not _has_alpha(image):
@@ -256,7 +257,7 @@ def probe(path: str, max_pixels: int = MAX_PIXELS) -> Probe:
         return _probe_image(path, max_pixels)
     for stamp, frame, stream in decode_video(path, max_pixels=max_pixels):
         return _probe_stream(path, stamp, frame, stream)
-    raise ValueError("no frame of it can be decoded")
+    raise ValueError("none of its frames can be decoded")
 
 
 def _probe_image(path: str, max_pixels: int) -> Probe:
@@ -354,8 +355,10 @@ def decode_frames(
 def read_frames(
     clip_row: dict[str, Any], path: str, first: int, count: int, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-    """Frames [first, first + count) of a row of clips/ as uint8 `(count, H, W, 3)` RGB; ValueError if the
-    file gives fewer. path is the row's uri as a local path."""
+    """Frames [first, first + count) of a row of clips/ as uint8 `(count, H, W, 3)` RGB.
+
+    path: the row's uri as a local path. Raises ValueError if the file has fewer frames.
+    """
     if clip_row["media"] == "image":
         if (first, count) != (0, 1):
             raise ValueError(f"an image has one frame, not frames {first} to {first + count - 1}")

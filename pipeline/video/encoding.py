@@ -43,7 +43,7 @@ CODECS = {
     "h264": Codec(
         "libx264",
         _chroma_halved,
-        # With its macroblock tree x264 does not always make the same bytes of the same frames.
+        # With its macroblock tree, x264 does not always turn the same frames into the same bytes.
         options=lambda crf: {"crf": str(crf), "x264-params": "mbtree=0"},
         threads=4,
     ),
@@ -71,8 +71,10 @@ class Colours:
 
     @classmethod
     def of(cls, about: decoding.Probe) -> "Colours":
-        """Those of a source whose frames come from `colour.RgbConverter`: its own, or BT.709 where that maps
-        HDR to standard range, or where the source says nothing."""
+        """Colours to tag frames from `colour.RgbConverter` with: the source's own, or BT.709.
+
+        BT.709 is taken where the source says nothing, and where the converter maps HDR to standard range.
+        """
         if about.hdr:
             return cls(full_range=about.full_range)
         return cls(
@@ -95,7 +97,7 @@ _MATRICES = {
 
 @dataclasses.dataclass(frozen=True)
 class VideoFormat:
-    """All that determines a video stream but its frames."""
+    """Everything that determines a video stream except its frames."""
 
     fps: Fraction | int
     width: int
@@ -116,8 +118,11 @@ class VideoFormat:
         return CODECS[self.codec].pixels(self.bits, bool(self.width % 2 or self.height % 2))
 
     def add_to(self, container: Any) -> Any:
-        """A new stream of this format in an output container, with its encoder (its threads do not depend on
-        the machine, so the same frames give the same bytes everywhere)."""
+        """Add a stream of this format, with its encoder, to an output container.
+
+        The number of encoder threads does not depend on the machine, so the same frames give the same bytes
+        everywhere.
+        """
         codec, fps = CODECS[self.codec], Fraction(self.fps).limit_denominator(1_000_000)
         stream = container.add_stream(codec.encoder, rate=fps, options=codec.options(self.crf))
         stream.width, stream.height, stream.pix_fmt = self.width, self.height, self.pixels
@@ -154,7 +159,7 @@ class VideoWriter:
     ) -> None:
         """The arguments are `VideoFormat`'s."""
         self._video = VideoFormat(fps, width, height, codec, bits, crf, colours, time_base)
-        # Bit-exact: Matroska would draw its ids at random.
+        # Bit-exact: otherwise Matroska's ids are random.
         self._container = av.open(path, "w", container_options={"fflags": "bitexact"})
         self._stream = self._video.add_to(self._container)
         self._reformatter = VideoReformatter()

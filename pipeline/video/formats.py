@@ -1,4 +1,4 @@
-"""Which files are videos and images by their names: the one list of endings; the order of numbered names."""
+"""The one list of file endings for videos and images, and the order of numbered names."""
 
 import os
 import re

@@ -1,5 +1,7 @@
-"""What a video file carries beside its pictures: time stamps, sound, subtitles, chapters. No Ray, no torch:
-these functions run in the sandbox, where the foreign file is opened."""
+"""Everything a video file carries besides its pictures: time stamps, sound, subtitles, chapters.
+
+No Ray and no torch: these functions run in the sandbox, where the foreign file is opened.
+"""
 
 import contextlib
 import dataclasses
@@ -17,7 +19,7 @@ from pipeline.video.encoding import VideoFormat
 
 @dataclasses.dataclass(frozen=True)
 class VideoPart:
-    """A closed file with some of a video's pictures, its time stamps counted from its first frame."""
+    """A finished file with some of a video's pictures, its time stamps counted from its first frame."""
 
     path: str
     first_pts: int
@@ -36,8 +38,10 @@ def stamped_frames(path: str, skip: int = 0, deep: bool = False) -> Iterator[tup
 
 
 def choose_ending(source: str, endings: list[str]) -> tuple[str, int, int]:
-    """The first file ending of `endings` whose container holds all sound and subtitles of the source, else
-    the last; how many streams it holds, and how many are left behind."""
+    """The first of `endings` whose container holds all sound and subtitles of the source, else the last.
+
+    Also returns how many streams it holds and how many are left out.
+    """
     with _open_foreign(source) as opened:
         wanted = _companions(opened)
         held = 0
@@ -55,12 +59,12 @@ _FORMATS = {"mkv": "matroska"}
 def join(
     source: str | None, parts: list[VideoPart], video: VideoFormat, start: Fraction, target: str
 ) -> Iterator[int]:
-    """Write `target`: the parts' pictures one after another with the sound, subtitles, chapters and titles
-    of `source` (if there is one), nothing encoded again. Gives the number of packets written now and then.
+    """Join the parts' pictures with the source's sound, subtitles and chapters, without re-encoding.
 
-    Sound keeps its offset to the pictures: they start at 0, so packets are moved back by `start`, the time
-    of the source's first frame in seconds. `video` is the parts' format: a stream made with it has the
-    header of theirs and says the frame rate, which a copied stream does not.
+    Writes `target`, with the source's titles, and yields the number of packets written now and then; there
+    may be no `source`. Sound keeps its offset to the pictures: they start at 0, so packets are moved back by
+    `start`, the time of the source's first frame in seconds. `video` is the parts' format: a stream made with
+    it has their header and states the frame rate, which a copied stream does not.
     """
     with contextlib.ExitStack() as stack:
         # Bit-exact: no random identifiers in the file.
@@ -95,7 +99,7 @@ def _companions(opened: Any) -> list[Any]:
 
 def _add_companions(output: Any, wanted: list[Any]) -> dict[int, Any]:
     """Index in the source: stream of the output, for those that the container can hold."""
-    # Names of encoders, and of the formats that they make.
+    # Names of encoders, and of the formats they produce.
     names = {*output.supported_codecs, *(name.split("_")[-1] for name in output.supported_codecs)}
     added = {}
     for stream in wanted:
@@ -142,7 +146,7 @@ def _pictures(parts: list[VideoPart], video: VideoFormat) -> Iterator[Any]:
 
 
 def _reordering(part: VideoPart) -> int:
-    """How many packets late a frame of it comes at most."""
+    """The largest number of packets by which one of its frames comes late."""
     with av.open(part.path) as opened:
         stream: Any = opened.streams.video[0]
         stamps = [packet.pts for packet in opened.demux(stream) if packet.size]

@@ -1,4 +1,4 @@
-"""Between a picture's 8-bit levels and the values in [-1, 1] that autoencoders take and give."""
+"""Conversion between 8-bit pixels and the values in [-1, 1] that autoencoders work with."""
 
 import numpy as np
 import torch

@@ -1,12 +1,12 @@
-"""Foreign files are read in a child with limits: if it hangs, crashes or runs out of memory, one file fails.
+"""Decoding foreign files in a child process with limits, so that a hang or a crash costs only that file.
 
     sandbox = Sandbox(time_limit_s=60, memory_limit_bytes=4 * 2**30)
     probe = sandbox.call(decoding.probe, path)
     for part in sandbox.stream(generator_function, path): ...
 
-One child serves many calls; it is started anew after it died or was ended. What comes back is unpickled
-with a list of allowed classes (arrays, fractions, Probe), so that a child taken over by a hostile file
-cannot run anything here.
+One child serves many calls and is restarted after it has died or been killed. Its answers are unpickled with
+a list of allowed classes (arrays, fractions, Probe), so that a child taken over by a hostile file cannot run
+code here.
 """
 
 import atexit
@@ -42,18 +42,18 @@ _LENGTH = struct.Struct("<Q")
 
 
 class MediaError(ValueError):
-    """A file could not be read; the message is the reason, for a person."""
+    """A file could not be read; the message explains why to a person."""
 
 
 class _SafeUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise MediaError(f"the decoding process answered with a {module}.{name}, which is not allowed")
+            raise MediaError(f"the decoding process returned a {module}.{name}, which is not allowed")
         return super().find_class(module, name)
 
 
 def _send(pipe: IO[bytes], value: Any) -> None:
-    """Pickle with arrays out of band, so that they are not copied: a count, then length and bytes of each."""
+    """Pickle with arrays out of band, uncopied: a count, then the length and bytes of each part."""
     buffers: list[pickle.PickleBuffer] = []
     body = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
     parts: list[Any] = [body, *[buffer.raw() for buffer in buffers]]
@@ -77,12 +77,12 @@ class Sandbox:
         atexit.register(self.close)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """function(*args, **kwargs), run in the child. MediaError if it fails, hangs or dies."""
+        """Run function(*args, **kwargs) in the child. Raises MediaError if it fails, hangs or dies."""
         items = list(self._run(function, args, kwargs))
         return items[0]
 
     def stream(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[Any]:
-        """The items of a generator function, each as soon as it is there."""
+        """Yield the items of a generator function, each as soon as it arrives."""
         return self._run(function, args, kwargs)
 
     def close(self) -> None:
@@ -119,11 +119,11 @@ class Sandbox:
                     finished = True
                     raise MediaError(value)
         finally:
-            if not finished:  # dead, hanging, out of memory, or its owner lost interest
+            if not finished:  # dead, hanging, out of memory, or no longer needed
                 self.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # Whoever takes the child over finds no credentials in it.
+        # The child gets no credentials, in case a hostile file takes it over.
         secret = ("AWS_", "RAY_")
         environment = {key: value for key, value in os.environ.items() if not key.startswith(secret)}
         environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -146,16 +146,16 @@ class Sandbox:
         return self._child
 
     def _receive(self, time_limit_s: float) -> tuple[str, Any]:
-        """The child's next message; MediaError if it does not come in time or never will."""
+        """The child's next message; raises MediaError if it does not come in time or never will."""
         deadline = time.monotonic() + time_limit_s
         (count,) = _LENGTH.unpack(self._read(_LENGTH.size, deadline, time_limit_s))
         if count > 1000:
-            raise MediaError("the decoding process answered with nonsense")
+            raise MediaError("the decoding process sent an unreadable answer")
         parts = []
         for _ in range(count):
             (length,) = _LENGTH.unpack(self._read(_LENGTH.size, deadline, time_limit_s))
             if length > self.memory_limit_bytes:
-                raise MediaError("the decoding process answered with nonsense")
+                raise MediaError("the decoding process sent an unreadable answer")
             parts.append(self._read(length, deadline, time_limit_s))
         return _SafeUnpickler(io.BytesIO(parts[0]), buffers=parts[1:]).load()
 
@@ -188,12 +188,12 @@ def _death(child: subprocess.Popen[bytes]) -> str:
 
 @functools.cache
 def shared(time_limit_s: float, memory_limit_bytes: int = 6 * 2**30) -> Sandbox:
-    """This process's sandbox with these limits: a worker keeps one child for all its tasks."""
+    """Get the process-wide sandbox with these limits: a worker keeps one child for all its tasks."""
     return Sandbox(time_limit_s, memory_limit_bytes)
 
 
 def _limit(memory_limit_bytes: int, parent: int) -> None:
-    """The child's own limits; it dies with its parent, also when it hangs in a decoder."""
+    """Set the child's own limits; it dies with its parent, even if it hangs in a decoder."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
@@ -234,7 +234,7 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
 def _main() -> None:
     _limit(int(sys.argv[1]), int(sys.argv[2]))
     answers = os.fdopen(os.dup(1), "wb", buffering=1 << 20)
-    os.dup2(2, 1)  # what libraries print must not run into the answers
+    os.dup2(2, 1)  # libraries' output must not mix with the answers
     import cv2
 
     from pipeline.video import decoding  # noqa: F401  (ready before the first time limit runs)

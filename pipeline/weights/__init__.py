@@ -1,3 +1,4 @@
-"""Weights on disk: folders of ours, released backbones, the perceptual networks' files, hashes.
+"""Weights on disk: our own weights folders, released models, perceptual networks, hashes.
 
-May import video, runtime and store, and model."""
+May import video, runtime and store, and model.
+"""

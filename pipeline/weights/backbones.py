@@ -1,8 +1,9 @@
-"""Which transformer a job uses, and everything that hangs on that choice, in one place.
+"""Which transformer a job uses, and everything that depends on that choice, in one place.
 
-Our own weights folders (`kind: own`) and the four released models: their shape, their prompts, how they are
-meant to be sampled, which size their scripts restore to. `restore` and `train_dit` ask here and know of no
-model by name. Facts on the released ones: SeedVR commit 673b563, its inference scripts and configs.
+Covers our own weights folders (`kind: own`) and the four released models: their shapes, prompts, sampling
+schedules and the size that their scripts restore to. `restore` and `train_dit` get all of it from here and
+name no model themselves. Facts on the released models are from SeedVR commit 673b563, its inference scripts
+and configs.
 """
 
 import tempfile
@@ -22,7 +23,7 @@ from pipeline.weights import weights_folder
 
 Kind = Literal["own", "seedvr-3b", "seedvr-7b", "seedvr2-3b", "seedvr2-7b"]
 RELEASED_AREA = (720, 1280)
-"""The released scripts restore everything to this area, in pixels, unless they are told another."""
+"""Area, in pixels, to which the released scripts restore everything by default."""
 
 
 OWN = Schedule(steps=50, guidance_scale=1.0, condition_noise=flow.INFERENCE_CONDITION_LEVEL)
@@ -48,12 +49,13 @@ RELEASED: dict[str, Released] = {
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A transformer to start from."""
+    """A transformer to start training from."""
 
     weights: Url
-    """URL of a folder that train_dit wrote, or of a released file (.pth or .safetensors)"""
+    """URL of a folder that `jobs.train_dit` wrote, or of a released file (.pth or .safetensors)."""
     kind: Kind = "own"
-    """own: a folder of ours; else which released model the file holds"""
+    """Which model the weights are: own for a folder of ours, otherwise the released model that the file
+    holds."""
 
     def __post_init__(self) -> None:
         check_urls(self, "initial.")
@@ -62,22 +64,25 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The models of a restoration."""
+    """The models for restoring: transformer, autoencoder and prompts."""
 
     weights: Url
-    """URL of a folder that train_dit wrote, or of a released file (.pth or .safetensors)"""
+    """URL of a folder that `jobs.train_dit` wrote, or of a released file (.pth or .safetensors)."""
     vae: Url
-    """URL of a folder that train_vae wrote, or of the released autoencoder's file"""
+    """URL of a folder that `jobs.train_vae` wrote, or of the released autoencoder's file."""
     kind: Kind = "own"
-    """own: a folder of ours; else which released model the file holds"""
+    """Which model the weights are: own for a folder of ours, otherwise the released model that the file
+    holds."""
     positive: Url | None = None
-    """URL of the prompt: the release's pos_emb.pt, which its models need; for ours a .safetensors file with
-    `text` and `pooled`, for guidance"""
+    """URL of the positive prompt: pos_emb.pt for released models, which need it, or for ours a .safetensors
+    file with `text` and `pooled`, which only guidance needs."""
     negative: Url | None = None
-    """URL of the release's neg_emb.pt, for guidance; ours carry their own"""
+    """URL of the released negative prompt, neg_emb.pt, which guidance needs; our weights folders carry their
+    own."""
     shape_quirk: bool = True
-    """of released models only: shift the condition's noise by (height, width, 16), as their scripts do, and
-    not by (frames, height, width), as was meant"""
+    """Whether a released model's condition noise is shifted by (height, width, 16), as the released
+    scripts do, rather than by (frames, height, width), as they were meant to; our own models always use
+    the latter."""
 
     def __post_init__(self) -> None:
         check_urls(self, "model.")
@@ -94,11 +99,11 @@ class ModelConfig:
 
     @property
     def can_guide(self) -> bool:
-        """Whether there are two prompts, as guidance needs."""
+        """Whether both prompts that guidance needs are known."""
         return self.positive is not None and (self.kind == "own" or self.negative is not None)
 
     def hashes(self) -> dict[str, str | None]:
-        """The sha256 of everything that this loads."""
+        """The sha256 of every file that this config loads."""
         urls = {"vae": self.vae, "dit": self.weights, "positive": self.positive, "negative": self.negative}
         return {f"{name}_sha256": url and weights_folder.weights_hash(url) for name, url in urls.items()}
 

@@ -1,4 +1,4 @@
-"""The noise that sampling starts from, a frame at a time: what restoring and validation have in common."""
+"""The noise that sampling starts from, frame by frame; restoration and validation share it."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""LPIPS with its published weights: from a folder, or downloaded once from where their authors keep them."""
+"""LPIPS with its published weights, from a folder or downloaded once from their authors' sites."""
 
 import tempfile
 

@@ -1,4 +1,4 @@
-"""What names the weights that scores and metrics were made with. Light: imports no network."""
+"""Hashes that identify the weights behind scores and metrics; imports no network library."""
 
 import hashlib
 from pathlib import Path
@@ -17,10 +17,10 @@ def file_hash(url: str) -> str:
 
 
 def clip_hash(source: str, key: str) -> str:
-    """What tells one CLIP's weights from another's: a hash over a folder's files, or a hub model's commit.
+    """Identify a CLIP's weights: a hash of a folder's files, or the commit of a hub model.
 
-    source: an absolute folder in open_clip's form or the id of a Hugging Face model. key: the config's, for
-    the ValueError where it is neither.
+    source: an absolute folder in open_clip's form or the id of a Hugging Face model. key: the config's name
+    for it, used in the ValueError that is raised if it is neither.
     """
     folder = Path(source)
     if folder.is_dir():

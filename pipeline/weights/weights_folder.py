@@ -5,8 +5,8 @@
     <url>/config.json            kind, the model's config, the sha256 of every file; written last
 
 A folder without `config.json` is unfinished. A file that does not match its hash is refused: weights of
-one run never mix with the config of another. Where a folder is asked for, the URL of a released file
-(.pth, .safetensors) will do too: `backbones.py` says which transformer such a file holds.
+one run never mix with the config of another. Where a folder is expected, the URL of a released file
+(.pth, .safetensors) works too: `backbones.py` says which transformer such a file holds.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The texts that a transformer was trained with and is used with; fp32, on the CPU."""
+    """The text embeddings that a transformer was trained with and is used with; fp32, on the CPU."""
 
     null: Tensor
     """(L, D) what it sees without a prompt: the joined '' prompt, or the released negative one"""
@@ -101,7 +101,7 @@ def describe(url: str) -> dict[str, Any]:
 
 
 def is_released_file(url: str) -> bool:
-    """Whether the URL is that of a single file of weights and not of a folder."""
+    """Whether the URL names a single file of weights rather than a folder."""
     return url.endswith(RELEASED_ENDINGS)
 
 

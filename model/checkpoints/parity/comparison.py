@@ -41,7 +41,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is on or below the line."""
+        """Whether the error is at most the limit."""
         return self.error <= self.pass_line
 
     def __str__(self) -> str:

@@ -12,10 +12,10 @@ from model.dit.windows import Grid
 
 @torch.no_grad()
 def check_autoencoder(case: Case) -> Iterator[Comparison]:
-    """Moments of each clip and its decoded mean, in one pass and streamed in slices of one latent frame and
-    of two (4 and 8 frames at full size).
+    """Each clip's moments and decoded mean, in one pass and streamed.
 
-    The decoder gets the recorded mean, so that its error is its own and not the encoder's made larger.
+    The stream's slices are one and two latent frames long (4 and 8 frames at full size). The decoder gets the
+    recorded mean, so that the error measured is its own and not the encoder's, amplified.
     """
     config = released_autoencoder_config(case.header["config"])
     autoencoder = build_autoencoder(config, case.part("state"), case.source)

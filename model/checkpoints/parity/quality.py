@@ -44,7 +44,7 @@ def _from_pixels(sampling: Mapping[str, Any], case: Case) -> Tensor:
 def _inner(
     network: nn.Module, pixels: Tensor, modules: Mapping[str, nn.Module]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What the network makes of the pixels, and what the named modules within it gave meanwhile."""
+    """The network's outputs for the pixels, and those of the named modules within it."""
     seen: dict[str, Tensor] = {}
 
     def remember(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -211,8 +211,10 @@ def check_aesthetic(case: Case) -> Iterator[Comparison]:
 
 
 def check_sampling(case: Case) -> Iterator[Comparison]:
-    """Fragments and frame numbers, equal or not; resized frames, equal to the byte. A case in JSON alone has
-    no pictures."""
+    """Compare fragments and frame numbers, which must be equal, and resized frames, equal to the byte.
+
+    A case that is JSON alone has no pictures.
+    """
     for row in case.header["spatial"] if case.tensors else []:
         name, size = row["name"], _fragment_size(row["kwargs"])
         video = case.tensors[f"{name}.video"]

@@ -1,4 +1,4 @@
-"""Networks at work on clips: one decode of a clip for all scorers that it lacks, one file for each shard.
+"""Scoring of clips by networks: one decode of a clip for all the scores it lacks, one file per shard.
 
 Only the actors import this; `pipeline.data.scorers.scorer_config` has the config.
 """
@@ -31,10 +31,10 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class Scorer(Protocol):
-    """One network at work on one clip: which frames, what it keeps of each, what it makes of all."""
+    """One network scoring one clip: which frames it needs, what it keeps of each, and its scores."""
 
     def frame_numbers(self, total: int) -> list[int]:
-        """Frames that it wants of a clip of `total`, in order; one may come twice."""
+        """Frames that it needs from a clip of `total`, in order; a frame may be repeated."""
         ...
 
     def look(self, frame: Tensor) -> Any:
@@ -42,13 +42,13 @@ class Scorer(Protocol):
         ...
 
     def judge(self, looks: list[Any]) -> list[float]:
-        """Its columns, from what `look` gave of each wanted frame."""
+        """Its columns, from the results of `look` on all its frames."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class _OfPictures:
-    """A score of single frames, averaged."""
+    """A score of single frames, averaged over a clip."""
 
     look: Callable[[Tensor], float]
     frames: int
@@ -111,8 +111,10 @@ def load_scorer(name: str, config: ScorersConfig, device: torch.device) -> Score
 def score_clip(
     clip: dict[str, Any], scorers: dict[str, Scorer], decode_seconds: float
 ) -> tuple[dict[str, float], str | None]:
-    """(scores by column, error) of a row of clips/. What one scorer cannot use leaves the others alone; those
-    that need a video have nothing to say of an image."""
+    """Scores by column, and an error or None, of a row of clips/.
+
+    A scorer that fails leaves the others alone; scorers of videos give no score for an image.
+    """
     wanted: dict[str, list[int]] = {}
     for name, scorer in scorers.items():
         if clip["media"] == "video" or isinstance(scorer, _OfPictures):

@@ -1,7 +1,7 @@
-"""Which networks score clips, with which weights, and what names their results. Light: imports no network.
+"""Which networks score clips, with which weights, and how their results are named. Imports no network.
 
 Each scorer's results carry its fingerprint (weights, definition, sampling; never a threshold), so that adding
-a scorer, changing its weights or loosening a threshold computes what is missing and nothing else.
+a scorer, changing its weights or loosening a threshold computes only what is missing.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from pipeline.store import hashing, schema, storage
 from pipeline.store.urls import Url, check_urls
 from pipeline.weights import weight_hashes
 
-# Raise a number when its score changes its meaning: the score is then computed anew.
+# Increase a scorer's number when the meaning of its score changes, so that it is computed again.
 _DEFINITIONS = {"aesthetic": 1, "clip_iqa": 1, "fast_vqa": 1, "musiq": 1, "dover": 1}
 
 
@@ -20,28 +20,31 @@ class ScorersConfig:
     """Which networks score, each by its weights (null: it does not); docs/data.md says where to get them."""
 
     aesthetic: str | None = None
-    """LAION-Aesthetics: CLIP ViT-L/14 as a Hugging Face id (timm/vit_large_patch14_clip_224.openai) or an
-    absolute folder that every node has; the head is part of this package"""
+    """CLIP ViT-L/14 for LAION-Aesthetics: a Hugging Face id (timm/vit_large_patch14_clip_224.openai) or an
+    absolute folder that every node has; the score's head is part of this package. Null leaves the score
+    out."""
     clip_iqa: str | None = None
-    """CLIP-IQA: CLIP RN50 as a Hugging Face id (timm/resnet50_clip.openai) or such a folder"""
+    """CLIP RN50 for CLIP-IQA: a Hugging Face id (timm/resnet50_clip.openai) or an absolute folder that every
+    node has; null leaves the score out."""
     fast_vqa: Url | None = None
-    """URL of a FAST-VQA .pth"""
+    """Absolute URL of a FAST-VQA .pth file; null leaves the score out."""
     fast_vqa_model: Literal["FAST-VQA", "FasterVQA", "FAST-VQA-M"] = "FAST-VQA"
-    """which one that is: FAST_VQA_B_1_4.pth, FAST_VQA_3D_1_1.pth or FAST_VQA_M_1_4.pth"""
+    """Which model the `fast_vqa` file holds: FAST-VQA for FAST_VQA_B_1_4.pth, FasterVQA for
+    FAST_VQA_3D_1_1.pth, FAST-VQA-M for FAST_VQA_M_1_4.pth."""
     musiq: Url | None = None
-    """URL of one of Google's MUSIQ .npz files (koniq_ckpt.npz)"""
+    """Absolute URL of one of Google's MUSIQ .npz files (koniq_ckpt.npz); null leaves the score out."""
     dover: Url | None = None
-    """URL of a DOVER .pth; its licence forbids commercial use"""
+    """Absolute URL of a DOVER .pth file, whose licence forbids commercial use; null leaves the scores out."""
     frames: int = 4
-    """frames of a clip that those that look at single frames get"""
+    """Frames of each clip that the scorers of single frames (aesthetic, clip_iqa, musiq) look at."""
     clips_per_shard: int = 64
-    """clips in one file of learned_scores/: what a kill can lose"""
+    """Clips in one file of learned_scores/; work on an unfinished file is lost when a process is killed."""
     actors: int = 1
-    """processes that score; one for each GPU"""
+    """Number of processes that score: one for each GPU."""
     actor_cpus: float = 1.0
-    """CPU cores reserved for each"""
+    """CPU cores reserved for each scoring process."""
     actor_gpus: float = 0.0
-    """GPUs reserved for each"""
+    """GPUs reserved for each scoring process; 0 scores on the CPU."""
 
     def __post_init__(self) -> None:
         check_urls(self, "scorers.")
@@ -56,7 +59,7 @@ class ScorersConfig:
 
     @property
     def columns(self) -> list[str]:
-        """The scores that these give."""
+        """The columns of the scorers that have weights."""
         return [column for name in self.names for column in schema.LEARNED_SCORES[name]]
 
 

@@ -1,8 +1,8 @@
-"""Scores of a clip that need no weights: what makes a clip useless whatever it shows.
+"""Scores of a clip that need no weights and show whether it is usable, whatever it shows.
 
-Clips of one source are measured in one decode of it. Of each some frames are looked at in full size, and
-each of these with its neighbour, shrunk to 320 px, for motion and repeated frames. Pictures are full-range
-luma as coded (NIQE gets RGB), since turning every frame into RGB costs more than decoding it.
+Clips of one source are measured in one decode of it. Some frames of each clip are measured at full size, and
+each of these is compared with its neighbour, shrunk to 320 px, for motion and repeated frames. Pictures are
+full-range luma as coded (NIQE gets RGB), since converting every frame to RGB costs more than decoding it.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from pipeline.metrics import niqe
 from pipeline.video import colour, decoding
 
 VERSION = 2
-"""Goes up when the same clip would get other scores."""
+"""Increased when the same clip would get other scores."""
 
 SMALL_PX = 320
 _DARK, _BRIGHT = 16, 239  # of 255: what counts as crushed or clipped
@@ -47,7 +47,7 @@ def clipped_share(grey: np.ndarray) -> float:
 
 
 def border_share(grey: np.ndarray) -> float:
-    """Share of the height and of the width, added, that is black from the edges inwards, at most 1."""
+    """Shares of the height and of the width that are black from the edges inwards, added up, at most 1."""
     share = 0.0
     for lines in (grey.max(axis=1), grey.max(axis=0)):
         bright = np.flatnonzero(lines >= _DARK + 16)
@@ -97,7 +97,7 @@ class _Converters:
 
 
 class _Measured:
-    """One clip's numbers while its frames come by."""
+    """Accumulates one clip's measurements as its frames pass."""
 
     def __init__(self, num_frames: int, sampled_frames: int, niqe_frames: int) -> None:
         looked_at = _spread(num_frames - 1, sampled_frames)  # each has a frame after it
@@ -129,7 +129,7 @@ class _Measured:
 
     def scores(self) -> dict[str, float]:
         found = {name: float(np.mean([one[name] for one in self._pictures])) for name in self._pictures[0]}
-        # The least: one dark frame has no borders to speak of.
+        # The minimum, since a dark frame looks like border everywhere.
         found["border_share"] = min(one["border_share"] for one in self._pictures)
         if self._niqe:
             found["niqe"] = float(np.mean(self._niqe))
@@ -143,10 +143,10 @@ class _Measured:
 def measure_clips(
     clips: list[dict[str, Any]], path: str, sampled_frames: int, niqe_frames: int
 ) -> Iterator[dict[str, float]]:
-    """Every score that can be told of each row of clips/; runs in the decoding child.
+    """Measure every score that can be determined for each row of clips/; runs in the decoding child.
 
-    clips: of one source, one after the other in time. sampled_frames: frames that are looked at in each;
-    niqe_frames: how many of those NIQE gets. ValueError, after the clips before it, if one does not decode.
+    clips: consecutive clips of one source. sampled_frames: frames measured in each clip; niqe_frames: how
+    many of those NIQE gets. Raises ValueError, after yielding the clips before it, if one does not decode.
     """
     if clips[0]["media"] == "image":
         picture = decoding.load_image(path)
@@ -174,7 +174,7 @@ def measure_clips(
 
 
 def bits_per_pixel(clip: dict[str, Any]) -> float | None:
-    """Of the whole source's encoding; None where the container does not tell."""
+    """Bits per pixel of the whole source's encoding; None if the container does not state its bit rate."""
     pixels = clip["width"] * clip["height"]
     if clip["media"] == "image":
         return 8.0 * clip["source_bytes"] / pixels if clip["source_bytes"] else None

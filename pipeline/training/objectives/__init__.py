@@ -1,3 +1,4 @@
-"""What is minimised: the autoencoder's losses, the pixel loss of the one-step transformer.
+"""Training objectives: the autoencoder's losses, the pixel loss of the one-step transformer.
 
-May import training.samples and training.state."""
+May import training.samples and training.state.
+"""

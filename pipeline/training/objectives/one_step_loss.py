@@ -1,9 +1,9 @@
-"""The fine-tuning stage for restoring in one step: the estimate from pure noise, judged as pixels.
+"""Fine-tuning for restoration in one step: the estimate from pure noise, compared in pixels.
 
-At time 1000 a network's velocity v gives the whole restored latent at once, noise - v. A model that was only
-trained on all times makes a blurred or noisy picture of it; here a share of the samples is trained at
-exactly that point, with the condition free of noise as SeedVR2 samples it, the others as before, so that
-many steps still work. The paper has no such stage: it is ours, after one-step models such as SeedVR2.
+At time 1000 the network's velocity v gives the whole restored latent at once: noise - v. A model trained on
+all times alone makes a blurred or noisy picture of it. Here a share of the samples is trained at exactly that
+point, with a noise-free condition as SeedVR2 samples it, and the others as before, so that many steps still
+work. The paper has no such stage; it is ours, modelled on one-step models such as SeedVR2.
 """
 
 from dataclasses import dataclass
@@ -22,15 +22,17 @@ from pipeline.weights import weights_folder
 
 @dataclass(frozen=True)
 class OneStepConfig:
-    """A share of a stage's samples is trained to be right in one step."""
+    """Trains a share of a stage's samples to be right in one step."""
 
     share: float = 0.5
-    """of the samples; the others keep the usual times and noises"""
+    """Share of a stage's samples, above 0 and up to 1, that are trained at the point from which one step
+    restores; the others keep the usual times and noise."""
     vae: Url | None = None
-    """URL of the autoencoder that made the latents: adds the mean absolute error of the decoded estimate
-    (null: the latent's squared error alone)"""
+    """URL of the autoencoder that made the latents, which adds the mean absolute error of the decoded
+    estimate to the loss; null trains on the latent's squared error alone."""
     pixel_weight: float = 1.0
-    """of that error, on pixels from -1 to 1; it goes with vae"""
+    """Weight of the decoded estimate's mean absolute error, on pixels from -1 to 1; it has no effect without
+    `vae`."""
 
     def __post_init__(self) -> None:
         check_urls(self, "one_step.")

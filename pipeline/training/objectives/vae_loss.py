@@ -1,8 +1,8 @@
-"""What the autoencoder's training minimises, and one step of its two DeepSpeed engines.
+"""The objective of the autoencoder's training, and one step of its two DeepSpeed engines.
 
-The autoencoder: L1 + LPIPS + KL, and the hinge loss of a discriminator times a weight that makes its
-gradient at the decoder's last layer as long as the others' (Esser et al. 2021, equation 7). Every term is
-a mean over the crops of all workers, however they are spread over workers and lengths.
+The autoencoder minimises L1 + LPIPS + KL and a discriminator's hinge loss, whose weight gives its gradient at
+the decoder's last layer the same norm as that of the other terms (Esser et al. 2021, equation 7). Every term
+is a mean over the crops of all workers, however they are spread over workers and lengths.
 """
 
 import dataclasses
@@ -22,20 +22,23 @@ from pipeline.training.state import ranks
 
 @dataclasses.dataclass(frozen=True)
 class AdversarialConfig:
-    """The discriminator, and from when on and how much it counts."""
+    """The discriminator, when it starts and how much it counts."""
 
     discriminator: DiscriminatorConfig
-    """its shape"""
+    """Shape of the discriminator."""
     weight: float
-    """times the adaptive weight: 1 makes the discriminator's gradient as long as the reconstruction's"""
+    """Factor on the adaptive weight of the adversarial loss; 1 gives the discriminator's gradient the same
+    norm as the reconstruction's."""
     learning_rate: float
-    """of the discriminator, with its own warm-up of `optimiser.warmup_steps`"""
+    """Learning rate of the discriminator, which has its own warm-up of `optimiser.warmup_steps`."""
     start_step: int
-    """step of the run, over all stages, at which the discriminator begins to train"""
+    """Step of the whole run, counted over all stages, at which the discriminator begins to train."""
     warmup_steps: int
-    """steps that it trains alone before its loss counts: a cold discriminator drives training apart"""
+    """Number of steps for which the discriminator trains before its loss counts; an untrained discriminator
+    makes training diverge."""
     betas: tuple[float, float] = (0.5, 0.9)
-    """of the discriminator's AdamW (Esser et al. 2021); clipping is the autoencoder's, weight decay none"""
+    """Decay rates of the first and second moments in the discriminator's AdamW (Esser et al. 2021); it is
+    clipped like the autoencoder and has no weight decay."""
 
     def trains(self, step: int) -> bool:
         """Whether the discriminator is trained in this step of the run."""
@@ -58,7 +61,7 @@ class LengthGroup:
     noise: Tensor
     """(B, 16, T', H', W') fp32, for the posterior's sample"""
     share: float
-    """B over all crops of the rank's batch"""
+    """The number of crops in `video` divided by that of the rank's batch."""
 
 
 def latent_noise(config: AutoencoderConfig, video: Tensor, generator: torch.Generator) -> Tensor:

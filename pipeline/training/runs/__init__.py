@@ -1,3 +1,4 @@
-"""The loop that all trainings share (loop.py), the two trainings that run on it, and where their numbers go.
+"""The loop that all trainings share (loop.py), the two trainings that run on it, and their loggers.
 
-May import the other parts of training."""
+May import the other parts of training.
+"""

@@ -41,7 +41,8 @@ class Trainer(DataParallelTrainer):
 @dataclasses.dataclass
 class ProcessGroupConfig(BackendConfig):
     """torch.distributed among the ranks. Ray's TorchConfig does the same, and imports torch wherever it goes:
-    into the driver and the controller, two seconds each."""
+    into the driver and the controller, two seconds each.
+    """
 
     backend: Literal["gloo", "nccl"]
 
@@ -76,11 +77,11 @@ def _join_group(backend: str, address: str, port: int) -> None:
 
 
 class WaitedTooLongError(Exception):
-    """No workers for `wait_for_workers_s`."""
+    """There were no workers for `wait_for_workers_s`."""
 
 
 class TrainingCallback(ControllerCallback):
-    """Says what the run waits for, ends it after a while, and saves before the number of workers changes."""
+    """Reports what the run waits for, ends it after a while, and saves before the workers change."""
 
     def __init__(self, actor: Any, needs: str, limit_s: float) -> None:
         self.actor, self.needs, self.limit_s = actor, needs, limit_s
@@ -103,11 +104,11 @@ class TrainingCallback(ControllerCallback):
             self._since = 0.0
             raise WaitedTooLongError(
                 f"scale.wait_for_workers_s: after {waited:.0f} s there is still no room for {self.needs}; "
-                f"{self._free()}. Started again, the job goes on from its newest checkpoint"
+                f"{self._free()}. Started again, the job resumes from its newest checkpoint"
             )
 
     def _tell(self, since: float) -> None:
-        """A line now and then while that wait lasts; Ray Train itself looks for room only once a minute."""
+        """Print a line now and then while waiting; Ray Train itself looks for room only once a minute."""
         while True:
             time.sleep(_WAIT_LINE_S)
             if self._since != since:
@@ -121,7 +122,7 @@ class TrainingCallback(ControllerCallback):
         return f"{sum(node['Alive'] for node in ray.nodes())} node(s) have {free or 'nothing'} free"
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        """Ray Train stops the workers next; what they did since their last save would be done again."""
+        """Ray Train is about to stop the workers, whose work since their last save would be lost."""
         if not self._running:
             return
         ray.get(self.actor.request_save.remote(stop=False))

@@ -22,15 +22,15 @@ class HeldOut:
     packs: list[Batch]
     triples: int
     set_hash: str
-    """tells this set from others"""
+    """Hash that identifies the set."""
 
 
 def held_out_set(reader: Reader, rows: pa.Table, triples: int, tokens_per_pack: int, seed: int) -> HeldOut:
-    """Samples of the index rows in turn, times at even quantiles of the training law."""
+    """Build the set: index rows in turn, with times at even quantiles of the training distribution."""
     quantiles = (torch.arange(triples) + 0.5) / triples
     times = (1000 * torch.sigmoid(torch.special.ndtri(quantiles))).tolist()
     ordered = rows.sort_by("sample_id").slice(0, triples).to_pylist()
-    # Epoch -1-i: draws that no training step uses.
+    # Negative epochs draw what no training step uses.
     scheduled = [ScheduledSample(ordered[i % len(ordered)], -1 - i) for i in range(triples)]
     packs: list[list[Batch]] = [[]]
     load = 0

@@ -1,4 +1,4 @@
-"""Where a training's numbers go. A new place is a class with `Logger`'s methods and a line in `loggers`."""
+"""Destinations of a training's numbers; a new one is a class like `Logger` and a line in `loggers`."""
 
 import contextlib
 import dataclasses
@@ -27,38 +27,38 @@ _SHORT_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class LoggedRun:
-    """What loggers know of the run."""
+    """Facts about the run that loggers use."""
 
     output_url: str
     name: str
-    """of what learns: dit, vae"""
+    """Name of the network being trained: dit or vae."""
     total_steps: int
     first_step: int
-    """0, or where the run was resumed"""
+    """Step at which the run was resumed, or 0."""
     wandb: str | None
-    """project of Weights & Biases"""
+    """Project of Weights & Biases, if any."""
     settings: Mapping[str, Any]
     """the run's config"""
 
 
 class Logger(Protocol):
-    """One place. Rank 0 calls these methods, in the order of steps."""
+    """One destination. Rank 0 calls these methods, in the order of steps."""
 
     def step(self, step: int, stage: str, values: Mapping[str, float], details: Mapping[str, float]) -> None:
-        """A step's numbers (from step 0). values: those for people to read; details: more of them."""
+        """Log a step's numbers (from step 0). values: those to read; details: additional ones."""
 
     def validation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray]) -> None:
-        """Numbers and uint8 (H, W, 3) pictures after `step` steps."""
+        """Log scores and uint8 (H, W, 3) pictures after `step` steps."""
 
     def flush(self) -> None:
-        """At every checkpoint."""
+        """Called at every checkpoint."""
 
     def close(self) -> None:
-        """At the end, after a last flush."""
+        """Called at the end, after a last flush."""
 
 
 def loggers(run: LoggedRun) -> list[Logger]:
-    """All that a run's numbers go to."""
+    """All destinations of a run's numbers."""
     kinds: list[Callable[[LoggedRun], Logger]] = [PrintedLines, Tensorboard, Prometheus]
     if run.wandb is not None:
         kinds.append(WeightsAndBiases)
@@ -66,7 +66,7 @@ def loggers(run: LoggedRun) -> list[Logger]:
 
 
 class PrintedLines:
-    """One line a step."""
+    """Prints one line per step."""
 
     def __init__(self, run: LoggedRun) -> None:
         self.run, self._started = run, time.monotonic()
@@ -109,7 +109,7 @@ class Tensorboard:
 
     @contextlib.contextmanager
     def _tolerated(self) -> Iterator[None]:
-        """Curves are for people to look at: where their disk is full, training goes on without them."""
+        """Curves only serve people: where their disk is full, training goes on without them."""
         try:
             yield
         except OSError as error:
@@ -134,7 +134,7 @@ class Tensorboard:
                     self._writer.add_image(f"validation/{key}", picture, step - 1, dataformats="HWC")
 
     def flush(self) -> None:
-        """Bring the event files to where they belong; begin a new one if the last could not be written."""
+        """Publish the event file; start a new one if the last could not be written."""
         with self._tolerated():
             if self._writer is not None:
                 self._writer.flush()
@@ -168,7 +168,7 @@ class Prometheus:
 
 
 class WeightsAndBiases:
-    """A project there; a resumed run goes on in its own charts."""
+    """Logs to a Weights & Biases project; a resumed run continues its own charts."""
 
     def __init__(self, run: LoggedRun) -> None:
         self._wandb: Any = importlib.import_module("wandb")

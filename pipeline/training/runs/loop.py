@@ -1,7 +1,7 @@
 """The loop of every training: stages of steps, checkpoints, skipped steps, held-out loss, validation, logs.
 
-What one training does in a step is a function that it hands over in a `Training`; the loop knows nothing of
-networks and losses. A run that is started again with the same output goes on from its newest checkpoint.
+What a training does in a step is a function in its `Training`; the loop depends on no network and no loss. A
+run that is started again with the same output resumes from its newest checkpoint.
 """
 
 import dataclasses
@@ -20,68 +20,68 @@ from pipeline.training.state.ema import MovingAverage
 from pipeline.training.state.step_guard import FaultConfig, StepGuard, step_guards
 
 State = dict[str, Any]
-"""What a checkpoint keeps beside tensors, as JSON. The loop's keys: step, stage, stage_step, history,
-held_out, validation, guards. A training adds its own."""
+"""What a checkpoint stores besides tensors, as JSON. The loop's keys are step, stage, stage_step, history,
+held_out, validation and guards; a training adds its own."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What a step did; numbers are over all ranks."""
+    """Result of a step; numbers are over all ranks."""
 
     loss: float
-    """mean over the step's samples"""
+    """Mean over the step's samples."""
     samples: int
     learning_rate: float
     waited_s: float
-    """seconds that this rank waited for its data"""
+    """Seconds that this rank waited for its data."""
     terms: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """more for the step's line and the history"""
+    """Further numbers for the step's line and the history."""
     per_second: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """the same, to be divided by the step's seconds"""
+    """Further numbers, to be divided by the step's seconds."""
     details: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """for the charts alone"""
+    """Numbers for the charts only."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage, opened at a step of it. Every rank calls the same functions in the same order."""
+    """One stage, opened at one of its steps. Every rank calls the same functions in the same order."""
 
     name: str
     steps: int
     step: Callable[[], StepResult]
-    """forward, backward and the engines' optimiser steps; it finds the step's numbers in the state"""
+    """Forward, backward and the engines' optimiser steps; the step's numbers are in the state."""
     held_out: Callable[[], Mapping[str, float]]
-    """the moving averages' `loss` on fixed held-out samples, and other measures of it"""
+    """The moving averages' `loss` on fixed held-out samples, and other measures of it."""
     held_out_set: Mapping[str, Any]
-    """what tells that set from others: its size and hash"""
+    """Size and hash that identify the held-out set."""
     validate: Callable[[], tuple[Mapping[str, float], Mapping[str, np.ndarray]]] = lambda: ({}, {})
-    """means of scores, and uint8 (H, W, 3) pictures by name"""
+    """Mean scores, and uint8 (H, W, 3) pictures by name."""
     validate_every: int = 0
-    """steps of the run between two validations (0: none)"""
+    """Steps of the run between two validations (0: none)."""
     close: Callable[[], None] = lambda: None
-    """after the last step"""
+    """Called after the last step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What is specific to a training, on one rank."""
+    """Everything specific to one training, on one rank."""
 
     name: str
-    """of its folders in checkpoints/, weights/ and tensorboard/, and of the engine that it is about"""
+    """Name of its folders in checkpoints/, weights/ and tensorboard/, and of its main engine."""
     device: torch.device
     engines: Mapping[str, Any]
     averages: Mapping[str, MovingAverage]
-    """by the name of their engine"""
+    """Moving averages by the name of their engine."""
     fresh: State
-    """what it adds to the state of a run that begins"""
+    """What it adds to the state of a new run."""
     open_stage: Callable[[State], Stage]
-    """the stage of index `state["stage"]`, from its step `state["stage_step"]` on"""
+    """Opens the stage with index `state["stage"]` at its step `state["stage_step"]`."""
     save_weights: Callable[[str, State], None]
-    """write the averages to a URL when all stages are done"""
+    """Writes the averages to a URL when all stages are done."""
 
 
 class RunConfig(Protocol):
-    """The settings that the loop reads of a training's config, a dataclass."""
+    """The settings that the loop reads from a training's config, a dataclass."""
 
     @property
     def output(self) -> str: ...
@@ -102,14 +102,14 @@ class RunConfig(Protocol):
 
 
 class Control(Protocol):
-    """What is asked of the loop from outside: `control.WorkerControl`."""
+    """Requests to the loop from outside: `control.WorkerControl`."""
 
     def requests(self, device: torch.device) -> tuple[bool, bool]: ...
     def saved(self, over: bool = False) -> None: ...
 
 
 def start(build: Callable[[Any], Training], config: Any, name: str) -> None:
-    """In the driver: run a training on its workers until it ends. `build` makes one rank's part of it."""
+    """Run a training on its workers until it ends, from the driver. `build` makes one rank's part of it."""
 
     def on_rank(actor: Any) -> dict[str, Any] | None:
         return control.outcome(lambda: run(build, config, control.WorkerControl(actor)))
@@ -118,9 +118,9 @@ def start(build: Callable[[Any], Training], config: Any, name: str) -> None:
 
 
 def run(build: Callable[[Any], Training], config: RunConfig, requests: Control) -> None:
-    """On every rank: all stages, from where the newest checkpoint stands; then the weights.
+    """Train all stages from the newest checkpoint on, on every rank; then write the weights.
 
-    StoppedError if a stop was requested or steps are skipped without end.
+    Raises StoppedError if a stop was requested or too many steps in a row are skipped.
     """
     training = build(config)
     checkpoints = Checkpoints(
@@ -168,7 +168,7 @@ def run(build: Callable[[Any], Training], config: RunConfig, requests: Control) 
 def _step(
     training: Training, stage: Stage, guards: Mapping[str, StepGuard], state: State, log: run_log.Log
 ) -> None:
-    """One step of all engines, whose averages follow where the weights moved; and its record."""
+    """Make one step of all engines, update the averages if the weights moved, and record it."""
     start = time.monotonic()
     done = stage.step()
     moved = {name: guard.took_step(state["step"]) for name, guard in guards.items()}

@@ -1,5 +1,7 @@
-"""The record of a training: its history, which checkpoints carry and the report draws from, and its losses by
-time and bucket. Where the numbers are shown is in loggers.py."""
+"""History of a training, which checkpoints carry, and its losses by time and bucket.
+
+loggers.py shows the numbers; the report is drawn from the history.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +14,7 @@ from pipeline.training.runs.loggers import LoggedRun, loggers
 from pipeline.training.state import ranks
 
 TIME_BINS = 5
-"""Bins of equal width of the times 0..1000, in which losses are told apart."""
+"""Number of equal bins of the times 0..1000 for which losses are reported separately."""
 
 
 class Breakdown:
@@ -42,7 +44,7 @@ class Breakdown:
 
 
 class Log:
-    """The history of a run's steps, on all ranks; rank 0 tells the loggers too."""
+    """The history of a run's steps, on all ranks; rank 0 passes it to the loggers too."""
 
     def __init__(
         self,
@@ -53,8 +55,11 @@ class Log:
         wandb: str | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """history: of the steps so far, which `step` goes on with. wandb: a project of Weights & Biases.
-        settings: the run's config, shown there."""
+        """Open the log of a run.
+
+        history: the steps so far, to which `step` appends. wandb: a project of Weights & Biases. settings:
+        the run's config, shown there.
+        """
         self.history = history
         run = LoggedRun(output_url, name, total_steps, len(history), wandb, settings or {})
         self._loggers = loggers(run) if ranks.rank() == 0 else []
@@ -63,19 +68,19 @@ class Log:
     def step(
         self, step: int, stage: str, values: Mapping[str, float], details: Mapping[str, float] | None = None
     ) -> None:
-        """Record a step's numbers, its `seconds` and `samples` among them. Details are not in the history."""
+        """Record a step's numbers, which include `seconds` and `samples`. Details are not in the history."""
         self.history.append({"step": step, "stage": stage, **values})
         self._samples += int(values["samples"])
         for logger in self._loggers:
             logger.step(step, stage, values, {**(details or {}), "samples_seen": self._samples})
 
     def validation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray]) -> None:
-        """Numbers and uint8 (H, W, 3) pictures of restored clips after `step` steps."""
+        """Record scores and uint8 (H, W, 3) pictures of restored clips after `step` steps."""
         for logger in self._loggers:
             logger.validation(step, values, pictures)
 
     def flush(self) -> None:
-        """At every checkpoint."""
+        """Called at every checkpoint."""
         for logger in self._loggers:
             logger.flush()
 

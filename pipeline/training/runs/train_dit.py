@@ -1,7 +1,7 @@
 """Train the diffusion transformer on precomputed latents, in the paper's progressive stages (section 3.3).
 
-latents/ + text/ -> checkpoints/dit/ (to resume) and weights/dit/ (the moving average, what restore loads).
-A run that is started again with the same output goes on from its newest checkpoint.
+latents/ + text/ -> checkpoints/dit/ (to resume) and weights/dit/ (the moving average, which restore loads). A
+run that is started again with the same output resumes from its newest checkpoint.
 """
 
 import dataclasses
@@ -45,17 +45,17 @@ class StageConfig:
     """One progressive stage."""
 
     name: str
-    """shown in logs, e.g. 5x256x256"""
+    """Name of the stage, shown in logs, such as 5x256x256."""
     buckets: list[str]
-    """buckets of latents/ that this stage trains on, images and videos together"""
+    """Buckets of latents/ on which the stage trains, of images and videos together."""
     steps: int
-    """optimiser steps"""
+    """Number of optimiser steps in the stage."""
     learning_rate: float
-    """after warm-up"""
+    """Learning rate after the warm-up."""
     tokens_per_pack: int
-    """video tokens in one pack: what one forward pass holds (the paper's GPU: about 151,000)"""
+    """Video tokens in one pack, on which memory depends; the paper has about 151,000 on each GPU."""
     one_step: OneStepConfig | None = None
-    """fine-tune for restoring in one step (null: the paper's objective alone)"""
+    """Fine-tuning of the stage for restoring in one step; null trains with the paper's objective alone."""
 
     @property
     def one_step_share(self) -> float:
@@ -67,49 +67,47 @@ class TrainDitConfig:
     """What `jobs.train_dit` reads."""
 
     data: Url
-    """absolute URL of the data root that holds latents/ and text/ (with `online`: clips/ and selection/)"""
+    """Absolute URL of the data root that holds latents/ and text/, or with `online` clips/ and selection/."""
     output: Url
-    """absolute URL; checkpoints/dit, weights/dit and tensorboard/dit are written there"""
+    """Absolute URL of the folder for checkpoints/dit, weights/dit and tensorboard/dit; runs resume there."""
     stages: list[StageConfig]
-    """in order; the run moves on by itself"""
+    """Training stages in their order; the run moves from one to the next by itself."""
     model: SwinMMDiTConfig | None = None
-    """the shape of a network with random weights; exactly one of model and initial"""
+    """Shape of a network that starts with random weights; give exactly one of `model` and `initial`."""
     initial: backbones.BackboneConfig | None = None
-    """the network to go on from, ours or a released one"""
+    """Network to continue from, ours or a released one; give exactly one of `model` and `initial`."""
     sd3: Url | None = None
-    """with `model`: start from SD3's transformer; URL of its safetensors file or of diffusers' folder"""
+    """URL of SD3's transformer, a safetensors file or diffusers' folder, to start `model` from, or null."""
     optimiser: trainer.OptimiserConfig = dataclasses.field(default_factory=trainer.OptimiserConfig)
-    """AdamW, clipping, warm-up, moving average"""
+    """Settings of AdamW, gradient clipping, the learning rate's warm-up and the moving average."""
     scale: trainer.ScaleConfig = dataclasses.field(default_factory=trainer.ScaleConfig)
-    """workers and ZeRO"""
+    """Number of workers and how DeepSpeed ZeRO divides the model among them."""
     faults: FaultConfig = dataclasses.field(default_factory=FaultConfig)
-    """steps that are skipped"""
+    """When a step with a bad gradient is skipped, and when the run gives up."""
     packs_per_step: int = 1
-    """packs in a step over all workers; a multiple of num_workers (the rest is gradient accumulation)"""
+    """Packs per step over all workers, a multiple of their number; several per worker are accumulated."""
     checkpoint_every: int = 100
-    """steps between checkpoints"""
+    """Number of steps between two checkpoints."""
     keep_last: int = 2
-    """newest checkpoints that are kept"""
+    """Number of newest checkpoints that are kept."""
     keep_every: int = 0
-    """steps: checkpoints at their multiples are kept for good (0: none)"""
+    """Checkpoints at multiples of this many steps are kept for good; 0 keeps none."""
     checkpoint_activations: bool = False
-    """recompute activations in the backward pass (less memory, about a third more time)"""
+    """Whether to recompute activations in the backward pass: less memory, about a third more time."""
     compile_mlps: bool = False
-    """compile the MLPs of the paper's network: the first steps take longer, all others less"""
+    """Whether to compile the MLPs of the paper's network: slower first steps, all others faster."""
     heldout_triples: int = 64
-    """fixed (sample, time, noise) triples of the held-out loss, before and after each stage"""
+    """Fixed triples (sample, time, noise) of the held-out loss, measured before and after each stage."""
     online: SampleConfig | None = None
-    """make latents while training instead of reading them, for small data (null: read latents/)"""
+    """Settings for making latents in training, at two encodings per sample; null reads latents/."""
     validation: ValidationConfig | None = None
-    """restore held-out clips every now and then, as pictures and with scores (null: do not)"""
+    """Settings for restoring held-out clips at intervals, with pictures and scores; null does none of it."""
     peak_tflops: float | None = None
-    """operations per second, in 10^12, that one worker could reach, to tell the utilisation (an H100 in bf16:
-    989; null: measured on CPUs, not told on GPUs)"""
+    """Peak of one worker in 10^12 FLOP/s, for utilisation; null measures it on CPUs, omits it on GPUs."""
     wandb: str | None = None
-    """project of Weights & Biases to log to as well: its package must be installed, its key set in the
-    environment"""
+    """Weights & Biases project to log to as well, which needs its package and key; null logs to none."""
     seed: int = 0
-    """of the order of samples, noise, times and initial weights"""
+    """Seed of the order of samples, the noise, the times and the initial weights."""
 
     def __post_init__(self) -> None:
         check_urls(self)
@@ -169,13 +167,13 @@ def check_data(config: TrainDitConfig) -> None:
             "encoders, or with `fixed_text` for a released backbone"
         )
     if config.validation is not None:
-        weights_folder.weights_hash(config.validation.vae)  # says what is wrong with it
+        weights_folder.weights_hash(config.validation.vae)  # raises ValueError for a bad one
     for stage_config in config.stages:
         rows = rows_of(index, stage_config, "train")
         sample_order.check_budget(rows, stage_config.tokens_per_pack, stage_config.name)
         rows_of(index, stage_config, "held_out")
         if stage_config.one_step is not None and stage_config.one_step.vae is not None:
-            weights_folder.weights_hash(stage_config.one_step.vae)  # says what is wrong with it
+            weights_folder.weights_hash(stage_config.one_step.vae)  # raises ValueError for a bad one
 
 
 def forward(network: Network, batch: Batch) -> Tensor:
@@ -314,13 +312,16 @@ def open_stage(worker: Worker, state: loop.State) -> loop.Stage:
 
 
 def samples_of_stage(config: TrainDitConfig, state: loop.State) -> pa.Table:
-    """The index as rank 0 found it when the stage began. Files that precompute adds later wait for the
-    next stage: they would change the order of all samples, on a resume or between ranks."""
+    """The index as rank 0 found it when the stage began.
+
+    Files that precompute adds later wait for the next stage, since they would change the order of all
+    samples, on a resume or between ranks.
+    """
     index = index_of(config) if ranks.rank() == 0 else None
     if state["stage_step"] == 0:
         files = None if index is None else latent_reader.files_of(index)
         state["files"] = ranks.from_rank_0(files)
-    if index is None:  # read after rank 0's: it holds all that rank 0 found
+    if index is None:  # read after rank 0's, so it holds everything that rank 0 found
         index = index_of(config)
     return latent_reader.of_files(index, state["files"])
 
@@ -332,7 +333,7 @@ def train_step(
     steps: Iterator[Step],
     pixel_loss: PixelLoss | None,
 ) -> loop.StepResult:
-    """This rank's packs forward and backward, and one optimiser step."""
+    """Pass the rank's packs forward and backward, and make one optimiser step."""
     config, engine, device = worker.config, worker.engine, worker.device
     rate = trainer.scheduled(
         stage_config.learning_rate, state["stage_step"], stage_config.steps, config.optimiser

@@ -47,16 +47,17 @@ VALIDATION_PICTURES = 4
 
 @dataclasses.dataclass(frozen=True)
 class VaeStageConfig:
-    """One stage of growing length."""
+    """One stage; stages usually grow in clip length."""
 
     crop: cropping.Bucket
-    """frames and size of a video crop; images give 1-frame crops of the same size"""
+    """Frames, height and width of a video crop; images give crops of 1 frame with the same height and
+    width."""
     steps: int
-    """optimiser steps"""
+    """Number of optimiser steps in the stage."""
     learning_rate: float
-    """after warm-up"""
+    """Learning rate after the warm-up."""
     crops_per_worker: int
-    """crops in one worker's batch (the paper's: 5 of 17x256x256)"""
+    """Crops in each worker's batch, which bound its memory; the paper has 5 of 17x256x256."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,59 +65,67 @@ class TrainVaeConfig:
     """What `jobs.train_vae` reads."""
 
     data: Url
-    """absolute URL of the data root that holds clips/ and selection/"""
+    """Absolute URL of the data root that holds clips/ and selection/."""
     output: Url
-    """absolute URL; checkpoints/vae, weights/vae and tensorboard/vae are written there"""
+    """Absolute URL of the folder for checkpoints/vae, weights/vae and tensorboard/vae; runs resume there."""
     model: AutoencoderConfig
-    """the network's shape"""
+    """Shape of the autoencoder."""
     stages: list[VaeStageConfig]
-    """in order; the run moves on by itself"""
+    """Training stages in their order; the run moves from one to the next by itself."""
     perceptual: Url | Literal["none", "hub"]
-    """absolute URL of a folder with LPIPS's published files vgg16-397923af.pth and vgg.pth; or the word hub
-    (each node downloads them); or the word none, which is other training than the paper's"""
+    """Source of LPIPS's weights: the absolute URL of a folder with the published files vgg16-397923af.pth
+    (torchvision) and vgg.pth (lpips 0.1), the word hub to have each node download them, or the word none to
+    train without LPIPS, which departs from the paper."""
     optimiser: trainer.OptimiserConfig = dataclasses.field(default_factory=trainer.OptimiserConfig)
-    """AdamW, clipping, warm-up, moving average"""
+    """Settings of AdamW, gradient clipping, the learning rate's warm-up and the moving average."""
     scale: trainer.ScaleConfig = dataclasses.field(default_factory=trainer.ScaleConfig)
-    """workers and ZeRO"""
+    """Number of workers and how DeepSpeed ZeRO divides the model among them."""
     measure_latent_scale: bool = True
-    """write 1 / (spread of the last steps' latents) as the weights' latent_scale instead of model's"""
+    """Whether the written weights get a latent_scale measured from the last steps (1 divided by the latents'
+    spread) instead of the model's."""
     kl_weight: float = 1e-6
-    """of the KL divergence, a sum over a crop's latent divided by the crop's pixel values"""
+    """Weight of the KL divergence, which is summed over a crop's latent and divided by the number of its
+    pixel values."""
     perceptual_weight: float = 1.0
-    """of LPIPS, where there is one, beside L1"""
+    """Weight of LPIPS relative to L1; it has no effect where `perceptual` is none."""
     adversarial: AdversarialConfig | None = None
-    """the discriminator (null: none)"""
+    """The discriminator and how much its loss counts; null trains without one."""
     image_share: float = 0.2
-    """share of a batch's crops that are 1-frame images, where there are images"""
+    """Share of a batch's crops, from 0 to 1, that are single images, if the data has any."""
     degraded_share: float = 0.25
-    """share of the crops that are degraded first: the autoencoder must carry bad video too"""
+    """Share of the crops, from 0 to 1, that are degraded first, since the autoencoder has to encode
+    low-quality video too."""
     degraded_recipe: RecipeConfig = LIGHT
-    """how those are degraded"""
+    """Recipe that degrades the crops which `degraded_share` selects; the default is the light one."""
     crops_per_read: int = 4
-    """crops taken from one decoded piece of a clip (decoding is slow, cropping is not)"""
+    """Number of crops cut from each decoded piece of a clip: more crops save decoding, which is slow, and
+    make a batch less varied."""
     heldout_crops: int = 16
-    """fixed crops of held-out clips, measured before and after each stage"""
+    """Number of fixed crops of held-out clips that are measured before and after each stage."""
     checkpoint_every: int = 200
-    """steps between checkpoints"""
+    """Number of steps between two checkpoints."""
     keep_last: int = 2
-    """newest checkpoints that are kept"""
+    """Number of newest checkpoints that are kept."""
     keep_every: int = 0
-    """steps: checkpoints at their multiples are kept for good (0: none)"""
+    """Checkpoints at multiples of this many steps are kept for good; 0 keeps none."""
     start: Literal["random", "wavelets"] = "random"
-    """where no weights are given: random, or a wavelet codec, which suits narrow models"""
+    """Initial weights where no file gives them: random ones, or those of a wavelet codec, which suits narrow
+    models."""
     initial_weights: Url | None = None
-    """URL of a weights folder to start from, as a run without a discriminator leaves (null: see `start`)"""
+    """URL of a weights folder to start from, such as a run without a discriminator leaves; null starts as
+    `start` says."""
     initial_image_weights: Url | None = None
-    """URL of a 2D image autoencoder's file to start from instead (diffusers' AutoencoderKL, such as SD3's)"""
+    """URL of a 2D image autoencoder's file to start from (diffusers' AutoencoderKL, such as SD3's); null
+    starts from `initial_weights` or as `start` says."""
     validate_every: int = 0
-    """steps of the run between two looks at the held-out crops: their L1, PSNR and pictures (0: none)"""
+    """Number of steps between two validations on the held-out crops, which log L1, PSNR and pictures; 0 makes
+    none."""
     faults: FaultConfig = dataclasses.field(default_factory=FaultConfig)
-    """steps that are skipped"""
+    """When a step with a bad gradient is skipped, and when the run gives up."""
     wandb: str | None = None
-    """project of Weights & Biases to log to as well: its package must be installed, its key set in the
-    environment"""
+    """Weights & Biases project to log to as well, which needs its package and key; null logs to none."""
     seed: int = 0
-    """of crops, posterior samples and initial weights"""
+    """Seed of the crops, the posterior samples and the initial weights."""
 
     def __post_init__(self) -> None:
         check_urls(self)
@@ -143,7 +152,7 @@ class TrainVaeConfig:
 
 
 def initial_autoencoder(config: TrainVaeConfig) -> CausalVideoAutoencoder:
-    """With the weights that the config says, on the CPU; ValueError if given ones do not fit the model."""
+    """Initialise the autoencoder as the config says, on the CPU; ValueError if given weights do not fit."""
     torch.manual_seed(config.seed)  # equal weights on every rank
     if config.initial_image_weights is not None:
         url = config.initial_image_weights
@@ -258,7 +267,7 @@ def open_stage(worker: Worker, state: loop.State) -> loop.Stage:
 def train_step(
     worker: Worker, stage_config: VaeStageConfig, state: loop.State, batches: Iterator[list[np.ndarray]]
 ) -> loop.StepResult:
-    """This rank's crops through both networks, and one optimiser step of each."""
+    """Pass the rank's crops through both networks, and make one optimiser step of each."""
     config, step = worker.config, state["step"]
     rate = set_learning_rates(worker, stage_config, state)
     start = time.monotonic()
@@ -309,8 +318,10 @@ def reconstruct(worker: Worker, weights: Mapping[str, Tensor], crop: np.ndarray)
 
 
 def measure(worker: Worker, crops: Sequence[np.ndarray]) -> dict[str, float]:
-    """Of the moving average's reconstructions: L1 (in [-1, 1] units) as the loss, PSNR (dB of 8-bit frames);
-    means over the crops, which ranks share."""
+    """Measure the moving average's reconstructions, as means over the crops, which ranks share.
+
+    L1 (in units of [-1, 1]) is the loss; PSNR is in dB of 8-bit frames.
+    """
     weights = worker.average.gathered(worker.dtype)
     total = torch.zeros(2, device=worker.device)
     for crop in crops[ranks.rank() :: ranks.world_size()]:
@@ -333,7 +344,7 @@ def pictures(worker: Worker, crops: Sequence[np.ndarray]) -> dict[str, np.ndarra
 
 
 def latent_scale(config: TrainVaeConfig, history: Sequence[Mapping[str, Any]]) -> float:
-    """The configured scale, or, where it is to be measured, one that gives latents unit spread."""
+    """The configured latent scale, or the measured one, which gives latents unit spread."""
     if not config.measure_latent_scale:
         return config.model.latent_scale
     spreads = [step["latent_std"] for step in history if math.isfinite(step["latent_std"])][-50:]
@@ -352,7 +363,7 @@ def save_weights(worker: Worker, url: str, state: loop.State) -> None:
 
 
 def check_start(config: TrainVaeConfig) -> None:
-    """ValueError, before Ray starts, if files that the config names are missing or of another model."""
+    """Raise ValueError, before Ray starts, if the config's weights files are missing or do not fit."""
     check_perceptual(config.perceptual)
     if config.initial_image_weights is not None and not storage.exists(config.initial_image_weights):
         raise ValueError(f"initial_image_weights: {config.initial_image_weights} does not exist")

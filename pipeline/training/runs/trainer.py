@@ -1,4 +1,4 @@
-"""What all trainings share around their loop: Ray Train's workers, DeepSpeed's engines, learning rates.
+"""What all trainings need besides the loop: Ray Train's workers, DeepSpeed's engines, learning rates.
 
 Every rank runs the same function under Ray Train; DeepSpeed ZeRO shards optimiser states, gradients and, in
 stage 3, weights.
@@ -35,22 +35,24 @@ class ScaleConfig:
     """Workers and how DeepSpeed shares the model among them."""
 
     num_workers: int | tuple[int, int] = 1
-    """processes that train, one for each GPU; or the fewest and the most: the run then goes on with those
-    that there is room for, and grows when there is room for more"""
+    """Number of training processes, one for each GPU; or the fewest and the most, in which case the run goes
+    on with as many as there is room for and grows when there is room for more."""
     use_gpu: bool = False
-    """train on GPUs in bf16 (false: on CPUs in fp32)"""
+    """Whether training runs on GPUs in bf16; otherwise it runs on CPUs in fp32."""
     cpus_per_worker: int = 1
-    """CPU cores reserved for each worker"""
+    """CPU cores reserved for each worker."""
     zero_stage: Literal[1, 2, 3] = 2
-    """DeepSpeed ZeRO: 1 shards the optimiser's states, 2 the gradients too, 3 the weights too"""
+    """DeepSpeed ZeRO stage: 1 shards the optimiser's states over the workers, 2 also the gradients, 3 also
+    the weights. Higher stages take less memory and more communication."""
     offload_optimiser: bool = False
-    """keep the optimiser's states and fp32 weights in the host's memory (slower, for small GPUs)"""
+    """Whether the optimiser's states and fp32 weights are kept in the host's memory, which is slower and
+    suits small GPUs."""
     max_failures: int = 3
-    """restarts from the newest checkpoint before the job gives up (-1: no end)"""
+    """Number of restarts from the newest checkpoint before the job gives up; -1 means no limit."""
     wait_for_workers_s: int = 3600
-    """how long the run waits for room for its workers before it ends"""
+    """Time in seconds that the run waits for room for its workers before it ends."""
     resize_every_s: int = 60
-    """with a range of workers: how often the run looks for room for more"""
+    """Time in seconds between two looks for room for more workers, where `num_workers` is a range."""
 
     def __post_init__(self) -> None:
         fewest, most = self.workers
@@ -73,20 +75,22 @@ class ScaleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimiserConfig:
-    """AdamW and what surrounds a step."""
+    """AdamW and the rest of an optimiser step."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    """decay of the two moments"""
+    """Decay rates of AdamW's first and second moments."""
     weight_decay: float = 0.01
-    """decoupled"""
+    """Coefficient of AdamW's decoupled weight decay."""
     gradient_clipping: float = 1.0
-    """largest global gradient norm"""
+    """Largest global gradient norm; longer gradients are scaled down to it."""
     warmup_steps: int = 0
-    """steps of linear warm-up at the start of each stage"""
+    """Number of steps at the start of each stage over which the learning rate rises linearly."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """of the rate after warm-up: as it is, or down to zero at each stage's end along half a cosine"""
+    """Learning rate after the warm-up: constant keeps it, cosine lowers it to zero at the end of each stage
+    along half a cosine."""
     ema_decay: float = 0.9998
-    """moving average of the weights, warmed up as (1 + step) / (10 + step)"""
+    """Decay of the moving average of the weights; the first steps use the smaller (1 + step) / (10 +
+    step)."""
 
 
 def start_trainer(
@@ -99,7 +103,7 @@ def start_trainer(
     deepspeed_adapter.check_version()
     # Ray Train would print each line a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    # Here, as Ray Train's controller is: elsewhere it could die with a node that the run does without.
+    # On this node, like Ray Train's controller: another node may die and the run go on without it.
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0, scheduling_strategy=here)(control.ControlActor).remote()
     each = {"CPU": scale.cpus_per_worker, **({"GPU": 1} if scale.use_gpu else {})}
@@ -188,7 +192,7 @@ def make_engine(
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            # Without the check a bf16 step is taken whatever its gradients are.
+            # Without this check a bf16 step is taken even if its gradients are not finite.
             "bf16": {"enabled": scale.use_gpu, "check_grad_overflow": True},
             "steps_per_print": 10**9,
         },
@@ -216,7 +220,7 @@ def scheduled(rate: float, step: int, steps: int, optimiser: OptimiserConfig) ->
 
 
 def prefetched(items: Iterable[T], ahead: int = 2) -> Iterator[T]:
-    """The same items, made up to `ahead` of use by a thread; its errors are raised here."""
+    """Yield the same items, prepared up to `ahead` of use by a thread, whose errors are raised here."""
     queue: Queue[Any] = Queue(maxsize=ahead)
 
     def fill() -> None:
@@ -235,7 +239,7 @@ def prefetched(items: Iterable[T], ahead: int = 2) -> Iterator[T]:
 
 
 def summarise(summary: stage.Summary, weights_url: str) -> None:
-    """Fill a training stage's summary from the history that its run left."""
+    """Fill in a training stage's summary from the history of its run."""
     history = storage.read_json(storage.join(weights_url, HISTORY))
     steps = history["steps"]
     summary.rows_in = summary.rows_kept = int(sum(step["samples"] for step in steps))

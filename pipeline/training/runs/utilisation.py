@@ -1,4 +1,4 @@
-"""How well a training uses its processors: counted FLOPs, and what could have been done."""
+"""Utilisation of a training's processors: its FLOPs over their peak."""
 
 import time
 from typing import Any

@@ -1,7 +1,7 @@
-"""Restored held-out clips while a transformer trains: pictures and scores, by the moving average.
+"""Validation during a transformer's training: held-out clips restored with the moving average.
 
-Everything comes from latents/: the truth is the decoded HQ latent, so what the autoencoder itself loses does
-not count against the transformer. Scores of the decoded LQ latent stand beside the restored one's.
+Everything comes from latents/: the truth is the decoded HQ latent, so the autoencoder's own losses do not
+count against the transformer. Scores of the decoded LQ latent are reported next to those of the restored one.
 """
 
 import dataclasses
@@ -29,16 +29,16 @@ _SLICE_FRAMES = 8
 
 @dataclasses.dataclass(frozen=True)
 class ValidationConfig:
-    """Held-out clips that are restored every now and then."""
+    """Held-out clips that are restored at intervals."""
 
     every: int
-    """steps between two times"""
+    """Number of steps between two validations."""
     vae: Url
-    """URL of the autoencoder that made the latents"""
+    """URL of the autoencoder that made the latents."""
     clips: int = 4
-    """how many clips: the largest of the stage's held-out samples, one of each clip"""
+    """Number of clips to restore: the largest held-out samples of the stage, one of each clip."""
     steps: int = 20
-    """Euler steps of the sampler"""
+    """Number of Euler steps of the sampler, to which the time of a validation is proportional."""
 
     def __post_init__(self) -> None:
         check_urls(self, "validation.")
@@ -75,8 +75,11 @@ class Validation:
     def run(
         self, network: Network, output_url: str, step: int
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Mean scores, and pictures (LQ, restored and truth side by side) that are also written as PNG below
-        `output_url`. network: the moving average's. Ranks share the clips; all must call it."""
+        """Mean scores, and pictures with LQ, restored and truth side by side.
+
+        The pictures are also written as PNG below `output_url`. network: with the moving average's weights.
+        Ranks share the clips, so all of them must call it.
+        """
         self.vae.to(self.device)
         shown: list[tuple[str, dict[str, float], np.ndarray]] = []
         for row in self.rows[ranks.rank() :: ranks.world_size()]:
@@ -107,7 +110,7 @@ class Validation:
         return denoise(network, lq.to(self.device), noise, condition_noise, schedule, prompt)
 
     def _pixels(self, latent: Tensor) -> np.ndarray:
-        """(T', H', W', 16) -> uint8 (T, H, W, 3). In slices: a long clip of a native size has no room."""
+        """Decode (T', H', W', 16) to uint8 (T, H, W, 3), in slices so that a long native clip fits."""
         frames = (latent.shape[0] - 1) * schema.TEMPORAL_FACTOR + 1
         height, width = (side * schema.SPATIAL_FACTOR for side in latent.shape[1:3])
         whole = latent.permute(3, 0, 1, 2)[None].to(self.device, next(self.vae.parameters()).dtype)
@@ -116,8 +119,10 @@ class Validation:
 
 
 def scores(low: np.ndarray, restored: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Means over the frames: psnr (RGB, dB), ssim (luma), niqe (of frames large enough); and those of the
-    low-quality video as `<name>_lq`."""
+    """Means over the frames: psnr (RGB, dB), ssim (luma) and niqe (of frames that are large enough).
+
+    Those of the low-quality video have the suffix `_lq`.
+    """
     means: dict[str, float] = {}
     for ending, video in (("", restored), ("_lq", low)):
         pairs = [full_reference_scores(a, b) for a, b in zip(video, truth, strict=True)]

@@ -1,3 +1,4 @@
 """Which samples a step sees, in which order, packed on which rank, and how they are read.
 
-May import training.state."""
+May import training.state.
+"""

@@ -1,4 +1,4 @@
-"""The samples of a step as batches: with their noise drawn, laid end to end.
+"""The samples of a step as batches, with their noise drawn, packed end to end.
 
 Noise, times and text drops come from (seed, epoch, sample_id), so a sample is the same wherever it is made.
 """
@@ -20,7 +20,7 @@ from pipeline.training.samples.sample_order import SampleStream, ScheduledSample
 
 @dataclasses.dataclass
 class Batch:
-    """One pack: samples laid end to end, rows are latent pixels, W fastest.
+    """One pack: samples end to end, one row per latent pixel, W varying fastest.
 
     data, noise, condition: (rows, 16) = clean HQ latent, the noise end of its path, LQ latent with its own
     noise. text: (text tokens, D). pooled: (B, P). timestep: (B,) in 0..1000. Data, noise and times are fp32.
@@ -54,7 +54,7 @@ class Batch:
         return flow.velocity(self.data, self.noise)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
-        """On a device, what only the network sees in its precision."""
+        """Move to a device; what only the network sees gets its precision."""
         tensors = {name: getattr(self, name).to(device) for name in ("data", "noise", "timestep")}
         seen = {name: getattr(self, name).to(device, dtype) for name in ("condition", "text", "pooled")}
         return dataclasses.replace(self, **tensors, **seen)
@@ -66,7 +66,7 @@ class Batch:
 
 
 def draw_generator(seed: int, epoch: int, sample_id: str) -> torch.Generator:
-    """All of a sample's randomness in one epoch, whichever rank or pack it falls to."""
+    """A generator for all of a sample's randomness in one epoch, whichever rank or pack it goes to."""
     return torch.Generator().manual_seed(hashing.stable_hash(seed, "draw", epoch, sample_id))
 
 
@@ -80,7 +80,7 @@ def training_sample(
 ) -> Batch:
     """One sample, as a batch of its own, with its noise, time, condition noise and text drops drawn.
 
-    `timestep` fixes the time. Of the samples, `one_step_share` are pure noise beside a clean condition.
+    `timestep` fixes the time. A share `one_step_share` of the samples is pure noise with a clean condition.
     """
     row, epoch = scheduled.row, scheduled.epoch
     generator = draw_generator(seed, epoch, row["sample_id"])
@@ -109,7 +109,7 @@ def training_sample(
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
-    """Lay batches end to end."""
+    """Concatenate batches."""
 
     def joined(name: str) -> Any:
         parts = [getattr(sample, name) for sample in samples]

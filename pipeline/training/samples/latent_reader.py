@@ -1,4 +1,4 @@
-"""Where samples are read from: precomputed latents and texts, and the table of all samples there are."""
+"""Precomputed samples: their latents and texts, and the table of all samples."""
 
 import threading
 from collections import OrderedDict
@@ -20,10 +20,10 @@ _CACHE_BYTES = 2**30
 
 
 class Reader(Protocol):
-    """Where samples come from: from tables, or made as they are asked for."""
+    """A source of samples: read from tables, or made on demand."""
 
     texts: text_embeddings.ClipTexts | text_embeddings.FixedTexts
-    """the prompts that a model trained on them is used with"""
+    """The prompts for a model trained on these samples."""
 
     def latents(self, row: dict[str, Any], epoch: int) -> tuple[Tensor, Tensor]:
         """HQ and LQ latents of a row of the sample table in one epoch, each (T', H', W', 16) fp32."""
@@ -35,7 +35,7 @@ class Reader(Protocol):
 
 
 class LatentReader:
-    """Samples' latents and texts, by row group, the last GiB of them kept."""
+    """Reads samples' latents and texts by row group and caches the last GiB of them."""
 
     def __init__(self, data_url: str) -> None:
         self.latents_url = storage.join(data_url, schema.LATENTS)
@@ -43,7 +43,7 @@ class LatentReader:
         self.texts = text_embeddings.read_texts(data_url)
         self._kept: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
         self._kept_bytes = 0
-        self._lock = threading.Lock()  # the thread that reads ahead is not alone
+        self._lock = threading.Lock()  # shared with the thread that reads ahead
         self._texts = (
             None if isinstance(self.texts, text_embeddings.FixedTexts) else TextPlaces(self.text_url)
         )
@@ -78,12 +78,12 @@ class LatentReader:
         return text_encoders.join(self.text(clip_id), self.texts.null, *drops)
 
     def text(self, clip_id: str) -> text_encoders.TextEmbedding:
-        assert self._texts is not None  # a fixed prompt is none of a clip's own
+        assert self._texts is not None  # a fixed prompt belongs to no clip
         return text_embeddings.embedding_of(self._stored(*self._texts[clip_id]))
 
 
 class TextPlaces:
-    """Where each clip's row of text/ stands: some 30 bytes a clip."""
+    """The place of each clip's row in text/, in some 30 bytes per clip."""
 
     def __init__(self, text_url: str) -> None:
         self._files = storage.parquet_files(text_url)
@@ -122,8 +122,8 @@ def read_index(data_url: str) -> pa.Table:
 def sample_table(index: pa.Table) -> pa.Table:
     """The rows of an index in the order in which their samples are stored, with two columns for their places.
 
-    `reference` says where to read a sample: it is for readers alone, who may change what it holds.
-    `locality` (int64, never falling) is equal for samples that one read brings: the row group, numbered.
+    `reference` says where to read a sample; only readers use it, and they may change its content. `locality`
+    (int64, never falling) is equal for samples that one read brings: it is the row group, numbered.
     """
     place = ["file", "row_group", "row"]
     index = index.sort_by([(name, "ascending") for name in place])
@@ -140,12 +140,12 @@ def files_of(samples: pa.Table) -> list[str]:
 
 
 def of_files(samples: pa.Table, files: list[str]) -> pa.Table:
-    """The samples that lie in these files of latents/; ValueError if a file is gone."""
+    """The samples in these files of latents/; ValueError if a file no longer exists."""
     gone = sorted(set(files) - set(files_of(samples)))
     if gone:
         raise ValueError(
             f"data: latents/ lacks {len(gone)} files that this stage began with ({gone[0]}, ...); put them "
-            "back, or give another output to begin anew"
+            "back, or give another output to start over"
         )
     return samples.filter(pc.is_in(_files(samples), pa.array(files)))
 

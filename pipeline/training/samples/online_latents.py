@@ -1,8 +1,8 @@
-"""Latents made while training: clips are decoded, degraded and encoded as their samples come (small data).
+"""Latents made during training: clips are decoded, degraded and encoded as their samples come (small data).
 
-With precompute's functions, so a sample's first epoch is what precompute would have stored, to the bit; each
-later epoch crops and degrades it anew. All of it depends on (seed, epoch, sample) alone: a resumed run sees
-the same. Every sample costs two encodings a step; precomputed latents cost them once.
+They come from precompute's functions, so a sample's first epoch is what precompute would have stored, to the
+bit; later epochs crop and degrade it afresh. Everything depends on (seed, epoch, sample) alone, so a resumed
+run sees the same samples. Every sample costs two encodings per step; precomputed latents cost them once.
 """
 
 import threading
@@ -23,7 +23,7 @@ from pipeline.weights import weights_folder
 
 def write_texts(config: SampleConfig, data_url: str) -> None:
     """Fill text/ of the kept clips where it is missing. Needs Ray; the driver calls it before training."""
-    weights_folder.weights_hash(config.vae)  # says what is wrong with it
+    weights_folder.weights_hash(config.vae)  # raises ValueError for a bad one
     precompute.write_texts(config, KeptClips(data_url), data_url)
 
 
@@ -66,7 +66,7 @@ class OnlineReader:
         texts = latent_reader.LatentReader(data_url)
         self.texts, self.prompt = texts.texts, texts.prompt
         self._vae = weights_folder.load_vae(config.vae).to(device=device, dtype=dtype).eval()
-        self._lock = threading.Lock()  # one decoding process, and the thread that reads ahead is not alone
+        self._lock = threading.Lock()  # one decoding process, shared with the thread that reads ahead
         self._held_out: dict[str, tuple[Tensor, Tensor]] = {}
 
     def latents(self, row: dict[str, Any], epoch: int) -> tuple[Tensor, Tensor]:

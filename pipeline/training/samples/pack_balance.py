@@ -1,8 +1,8 @@
-"""Equal work for every pack of a step: which samples it takes and which pack each goes to.
+"""Packs of equal work: which samples a step takes, and which pack each goes to.
 
-Packs are trained side by side and wait for the slowest, so what counts is the most expensive one against the
-mean. Costs are FLOPs (`model.flops`): a token costs up to 1.4 times as much in a large
-window as in a small one, so packs of equal tokens would not be equal work. Tokens bound a pack's memory.
+Packs are trained in parallel and wait for the slowest, so what counts is the ratio of the most expensive one
+to the mean. Costs are FLOPs (`model.flops`): a token costs up to 1.4 times as much in a large window as in a
+small one, so packs with equal tokens would not be equal work. Tokens bound a pack's memory.
 """
 
 import heapq
@@ -12,14 +12,14 @@ from itertools import groupby
 import numpy as np
 
 GOOD_ENOUGH = 0.01
-"""Imbalance at which no other number of samples is tried."""
+"""Imbalance below which no other number of samples is tried."""
 _TRIES = 12
 _FINE_SAMPLES = 4
 _PIECE_SHARE = 8
 
 
 def imbalance(loads: Sequence[float]) -> float:
-    """(max - mean) / mean: the share of time by which the others wait for the slowest."""
+    """(max - mean) / mean, the share of time for which the other packs wait for the slowest."""
     mean = sum(loads) / len(loads)
     return max(loads) / mean - 1
 
@@ -54,15 +54,17 @@ def fill_packs(
             break
         tries += 1
         count -= max(1, count // 100)
-    assert best is not None  # one sample a pack always fits
+    assert best is not None  # one sample per pack always fits
     return best[1]
 
 
 def _assign(
     costs: np.ndarray, tokens: np.ndarray, localities: np.ndarray, packs: int, tokens_per_pack: int
 ) -> tuple[list[list[int]], int]:
-    """All samples given to packs, the most expensive first, each to the pack with the least work that has
-    room; and the tokens of those that found none (then the packs are of no use)."""
+    """Assign samples to packs, most expensive first, each to the least loaded pack that has room.
+
+    Also returns the tokens of the samples that found no room, in which case the packs are of no use.
+    """
     assigned: list[list[int]] = [[] for _ in range(packs)]
     room = [tokens_per_pack] * packs
     heap = [(0.0, pack) for pack in range(packs)]

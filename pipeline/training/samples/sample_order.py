@@ -1,7 +1,8 @@
-"""Which samples a training step sees: an endless order, packed step by step into packs of equal work.
+"""The samples of each training step: an endless order, packed step by step into packs of equal work.
 
-Both are functions of (seed, epoch) and of the number of packs a step; the state is one counter, samples drawn
-so far. So a resumed run, on whatever number of workers, sees the same samples in the same steps.
+Both are functions of (seed, epoch) and of the number of packs per step; the only state is a counter of the
+samples drawn so far. A resumed run therefore sees the same samples in the same steps, on any number of
+workers.
 """
 
 import dataclasses
@@ -32,11 +33,11 @@ class ScheduledSample:
 
 
 class SampleStream:
-    """The endless order of samples: each epoch is an order by (seed, epoch), the next follows on.
+    """The endless order of samples: epoch after epoch, each in an order drawn from (seed, epoch).
 
-    Localities are shuffled, then samples within windows of some 512 MB of latents, which a reader keeps: so
-    it reads each locality about once. A small data set is one window. (Localities are random samples of all
-    the data already, since precompute assigns samples to its files by hash.)
+    Localities are shuffled first, then samples within windows of some 512 MB of latents, which a reader
+    caches, so that each locality is read about once. A small data set is a single window. (Localities are
+    random samples of the whole data already, since shards are assigned by hash.)
     """
 
     def __init__(self, rows: pa.Table, seed: int, model: flops.Config) -> None:
@@ -97,7 +98,7 @@ def _numbers(table: pa.Table, column: str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=2**16)
 def _flops_by_text(model: flops.Config, frames: int, height: int, width: int) -> tuple[float, ...]:
-    """A sample's FLOPs as a polynomial of its text tokens, of degree 2: three counts tell it exactly."""
+    """A sample's FLOPs as a quadratic in its text tokens, which three counts determine exactly."""
     shape = schema.latent_shape(frames, height, width)
     at_0, at_1, at_2 = (flops.forward_flops(model, shape, tokens).total for tokens in range(3))
     square = (at_2 - 2 * at_1 + at_0) / 2

@@ -1,4 +1,4 @@
-"""Crops of the kept clips for the autoencoder: decoded, cut and partly degraded as their step comes.
+"""Crops of the kept clips for the autoencoder: decoded, cut and partly degraded for their step.
 
 Which crops a step sees is a function of (seed, stage, step, rank).
 """
@@ -24,10 +24,10 @@ _UNREADABLE_IN_A_ROW = 20
 
 @dataclasses.dataclass(frozen=True)
 class CropPlan:
-    """What a reader draws."""
+    """What a reader draws from."""
 
     crop: cropping.Bucket
-    """of videos; of images one frame of it"""
+    """Size of video crops; image crops have one frame of it."""
     image_share: float
     degraded_share: float
     degraded_recipe: RecipeConfig
@@ -58,8 +58,10 @@ class CropReader:
         self.sandbox = Sandbox(time_limit_s=120.0)
 
     def crops(self, *key: object) -> list[np.ndarray]:
-        """`crops_per_read` crops, uint8 (T, H, W, 3), of a clip that the key draws. Unreadable clips are
-        passed over for the next draw; ValueError after 20."""
+        """`crops_per_read` crops, uint8 (T, H, W, 3), of a clip drawn by the key.
+
+        An unreadable clip is skipped and another one drawn; raises ValueError after 20 of them.
+        """
         plan = self.plan
         generator = np.random.default_rng(hashing.stable_hash(plan.seed, *key))
         for _ in range(_UNREADABLE_IN_A_ROW):
@@ -71,7 +73,7 @@ class CropReader:
                 pixels = self._read(clip, int(generator.integers(clip["num_frames"] - frames + 1)), frames)
                 return [self._cut(pixels, clip, generator) for _ in range(plan.crops_per_read)]
             except (MediaError, ValueError, OSError) as error:
-                print(f"passed over {clip['uri']}: {error}", flush=True)
+                print(f"skipped {clip['uri']}: {error}", flush=True)
         raise ValueError(f"data: {_UNREADABLE_IN_A_ROW} clips in a row could not be read")
 
     def _read(self, clip: dict[str, Any], first: int, frames: int) -> np.ndarray:
@@ -97,7 +99,7 @@ class CropReader:
 def crop_batches(
     reader: CropReader, crops_per_worker: int, stage: int, first_step: int, steps: int
 ) -> Iterator[list[np.ndarray]]:
-    """A rank's batches of a stage from a step on: lists of crops, videos and images of one size mixed."""
+    """A rank's batches of a stage from a step on: lists of crops, mixing videos and images of one size."""
     for step in range(first_step, steps):
         batch: list[np.ndarray] = []
         reads = -(-crops_per_worker // reader.plan.crops_per_read)
@@ -108,7 +110,7 @@ def crop_batches(
 
 
 def held_out_crops(plan: CropPlan, clips: Sequence[dict[str, Any]], count: int) -> list[np.ndarray]:
-    """Fixed crops of held-out clips, undegraded: a set that every rank finds alike."""
+    """Fixed, undegraded crops of held-out clips, the same on every rank."""
     reader = CropReader(dataclasses.replace(plan, degraded_share=0.0), clips)
     crops: list[np.ndarray] = []
     while len(crops) < count:

@@ -1,3 +1,4 @@
-"""What survives a kill: checkpoints, fp32 weights and moving averages; skipped steps; what ranks agree on.
+"""State that survives a kill: checkpoints, fp32 weights, moving averages; skipped steps; ranks' talk.
 
-Imports no other part of training."""
+Imports no other part of training.
+"""

@@ -38,7 +38,7 @@ CHECKPOINTS = "checkpoints"
 STATE, COMPLETE = "state.json", "COMPLETE"
 MASTER, AVERAGE, BUFFER = "master", "average", "buffer"
 _NAME = re.compile(r"checkpoint_(\d+)-[0-9a-f]+")
-_FAILED_SAVES = 3  # in a row: then training on is no longer worth its cost
+_FAILED_SAVES = 3  # in a row, after which going on is no longer worth its cost
 _LARGEST_READ = 64 * 2**20
 _DTYPES = {
     torch.float32: "F32",
@@ -54,7 +54,7 @@ _DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A run of values of one tensor in a part: where it belongs and where its bytes are."""
+    """A run of consecutive values of one tensor in a part: what it belongs to and where its bytes are."""
 
     key: str
     """<engine>/<kind>/<parameter>"""
@@ -65,7 +65,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Bytes of a file that a rank wants, and the values that they become."""
+    """Bytes of a file that a rank wants to read, and the values to fill from them."""
 
     url: str
     byte: int
@@ -73,7 +73,7 @@ class Request:
 
 
 class Checkpoints:
-    """Saves and resumes one rank's share of a run; every rank calls the same methods at the same steps."""
+    """Saves and restores one rank's share of a run; every rank calls the same methods at the same steps."""
 
     def __init__(
         self,
@@ -91,8 +91,11 @@ class Checkpoints:
         self._damaged: set[str] = set()
 
     def save(self, state: dict[str, Any]) -> None:
-        """Save at `state["step"]`. If that fails (a full disk), one line says so and training can go on with
-        the checkpoint before; RuntimeError after the third time in a row."""
+        """Save at `state["step"]`.
+
+        If that fails (a full disk), one line says so and training goes on with the checkpoint before; raises
+        RuntimeError after the third failure in a row.
+        """
         step = state["step"]
         folder = storage.join(self.url, f"checkpoint_{step:08d}-{from_rank_0(uuid.uuid4().hex[:8])}")
         written, errors = _agreed(lambda: self._write_own(folder, state))
@@ -119,7 +122,7 @@ class Checkpoints:
             self._prune(step)
 
     def _write_own(self, folder: str, state: dict[str, Any]) -> dict[str, Any]:
-        """This rank's files; returns what COMPLETE says of them."""
+        """Write the files of one rank; returns their entry for COMPLETE."""
         name = f"part-{dist.get_rank():05d}.safetensors"
         files = {name: write_part(storage.join(folder, name), self._own_tensors())}
         if dist.get_rank() == 0:
@@ -160,7 +163,7 @@ class Checkpoints:
             raise RuntimeError(f"step {step}: {_FAILED_SAVES} checkpoints in a row were not saved: {error}")
 
     def _prune(self, step: int) -> None:
-        """Remove what is not to be kept: complete ones first lose their COMPLETE."""
+        """Remove what is not to be kept; a complete checkpoint loses its COMPLETE file first."""
         folders = _folders(self.url)
         complete = [url for url, whole in folders.items() if whole and url not in self._damaged]
         kept = set(complete[: self.keep_last])
@@ -193,9 +196,9 @@ class Checkpoints:
                 return state
             self._damaged.add(url)
             if dist.get_rank() == 0:
-                print(f"passed over {url}: {', '.join(wrong)} missing or damaged", flush=True)
+                print(f"skipped {url}: {', '.join(wrong)} missing or damaged", flush=True)
         if candidates:
-            raise ValueError(f"{self.url}: no checkpoint there is whole; remove the folder to start anew")
+            raise ValueError(f"{self.url}: no checkpoint there is whole; remove the folder to start over")
         return fresh
 
     def _fill(self, url: str, facts: dict[str, Any]) -> None:
@@ -252,8 +255,10 @@ def read_checkpoint(url: str, name: str, average: bool) -> tuple[dict[str, Any],
 
 
 def write_part(url: str, tensors: Iterable[tuple[str, int, Tensor]]) -> dict[str, Any]:
-    """Write (key, start, values) as a safetensors file, one tensor after another through the host's memory;
-    returns its hash and its pieces."""
+    """Write (key, start, values) as a safetensors file; returns its hash and its pieces.
+
+    The tensors pass through the host's memory one after another.
+    """
     listed = list(tensors)
     header: dict[str, Any] = {}
     end = 0

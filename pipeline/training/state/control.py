@@ -1,7 +1,8 @@
-"""What is asked of a running training from outside: to save, or to save and stop.
+"""Requests to a running training from outside: to save, or to save and stop.
 
 The driver holds a `ControlActor`. Rank 0 looks there after every step through its `WorkerControl`, and all
-ranks follow at the same step. The actor's process imports this module, so it imports torch nowhere at once.
+ranks follow at the same step. The actor's process imports this module, so it imports torch only inside
+functions.
 """
 
 import contextlib
@@ -13,11 +14,11 @@ from typing import Any
 
 import ray
 
-_LOOK_S = 10  # between looks for nodes that will be taken away
+_LOOK_S = 10  # between checks for nodes about to be preempted
 
 
 class StoppedError(Exception):
-    """Ends the loop on all ranks with a reason; started again, the job goes on."""
+    """Ends the loop on all ranks, with a reason; the job resumes when it is started again."""
 
     def __init__(self, reason: str, failed: bool) -> None:
         super().__init__(reason)
@@ -25,8 +26,10 @@ class StoppedError(Exception):
 
 
 def outcome(loop: Callable[[], None]) -> dict[str, Any] | None:
-    """What a rank's loop returns to the driver: None at its end, else why it stopped. After an exception Ray
-    Train would try again, which is useless where the same comes again."""
+    """Run a rank's loop and return why it stopped, or None if it reached its end.
+
+    After an exception Ray Train would try again, which is useless if the same exception would come again.
+    """
     try:
         loop()
     except StoppedError as stopped:
@@ -35,13 +38,13 @@ def outcome(loop: Callable[[], None]) -> dict[str, Any] | None:
 
 
 class ControlActor:
-    """The requests that are open, between the driver, Ray Train's controller and rank 0."""
+    """Open requests, shared by the driver, Ray Train's controller and rank 0."""
 
     def __init__(self) -> None:
         self.stop = self.save = self.over = False
 
     def request_save(self, stop: bool) -> None:
-        """stop: and leave after it."""
+        """stop: whether to stop after saving."""
         self.save, self.stop = not self.over, self.stop or stop
 
     def requests(self) -> tuple[bool, bool]:
@@ -49,12 +52,12 @@ class ControlActor:
         return self.save, self.stop
 
     def saved(self, over: bool) -> None:
-        """over: the loop has ended and follows no more requests."""
+        """over: whether the loop has ended and follows no more requests."""
         self.save, self.over = False, over
 
 
 class WorkerControl:
-    """A rank's way to the actor; every rank calls the same methods at the same steps."""
+    """A rank's access to the actor; every rank calls the same methods at the same steps."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
@@ -69,7 +72,7 @@ class WorkerControl:
 
         asked = torch.zeros(3, device=device)
         if ranks.rank() == 0:
-            with contextlib.suppress(ray.exceptions.RayActorError):  # the driver is gone: so are we soon
+            with contextlib.suppress(ray.exceptions.RayActorError):  # the driver is gone, and so are we soon
                 save, stop = ray.get(self.actor.requests.remote())
                 asked += torch.tensor([save, stop, time.monotonic() - self._looked > _LOOK_S], device=device)
         save, stop, look = (bool(value) for value in ranks.all_reduced(asked).tolist())
@@ -79,14 +82,14 @@ class WorkerControl:
         return save, stop
 
     def _node_goes(self, rank: int) -> bool:
-        """Whether a node of ours has newly been announced to be taken away."""
+        """Whether one of our nodes has newly been announced to be preempted."""
         import ray.train
 
         info = ray.train.get_preemption_info()
         new = set(info.preempted_node_ids) - self._known if info else set()
         self._known |= new
         if new and rank == 0:
-            print(f"{len(new)} node(s) will be taken away: saving now", flush=True)
+            print(f"{len(new)} node(s) will be drained: saving now", flush=True)
         return bool(new)
 
     def saved(self, over: bool = False) -> None:
@@ -112,7 +115,7 @@ def sigterm_saves(actor: Any) -> Iterator[None]:
             raise SystemExit(128 + signal.SIGTERM)
         seen = True
         print("SIGTERM: saving after this step, then leaving", flush=True)
-        # Not from within the handler: it interrupts Ray's own calls.
+        # Not in the handler itself, which interrupts Ray's own calls.
         threading.Thread(target=lambda: actor.request_save.remote(stop=True), daemon=True).start()
 
     before = signal.signal(signal.SIGTERM, handle)

@@ -1,8 +1,9 @@
-"""All that is read or changed in DeepSpeed beyond its public interface, for the versions named here alone.
+"""Everything read or changed in DeepSpeed beyond its public interface, for the versions named here only.
 
-ZeRO 1 and 2 cut all parameters, laid end to end, into one piece a rank; ZeRO 3 cuts each parameter. Here
-both are runs of values of named parameters, so that averages and checkpoints know no stage and no number
-of ranks. DeepSpeed has no public way to them for all stages, nor one to drop a step by its gradient norm.
+ZeRO 1 and 2 cut all parameters, laid end to end, into one piece per rank; ZeRO 3 cuts each parameter. Here
+both are runs of values of named parameters, so that averages and checkpoints depend on neither the stage nor
+the number of ranks. DeepSpeed has no public way to them for all stages, nor one to drop a step by its
+gradient norm.
 """
 
 import dataclasses
@@ -17,12 +18,12 @@ from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
 TESTED_VERSIONS = ">=0.19.8,<0.20"
-"""Of DeepSpeed, as in pyproject.toml."""
+"""Versions of DeepSpeed, as in pyproject.toml."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def check_version() -> None:
-    """ValueError if the installed DeepSpeed is not one of those that this file was tested with."""
+    """Raise ValueError if the installed DeepSpeed is not a version that this file was tested with."""
     installed = importlib.metadata.version("deepspeed")
     if installed not in SpecifierSet(TESTED_VERSIONS):
         raise ValueError(
@@ -35,14 +36,17 @@ def join_ranks(backend: str) -> None:
     """DeepSpeed's communication over torch's process group; call it before an engine is made."""
     import deepspeed  # slow to import, and only workers need it
 
-    # Its shared-memory all-reduce takes 90 s of compiling at the first start; gloo will do.
+    # Its shared-memory all-reduce takes 90 s to compile at the first start; gloo is enough.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 def screen_steps(engine: Any, accepts: Callable[[float], bool]) -> None:
-    """Before every optimiser step, `accepts` is asked with the gradients' global norm, infinite where one is
-    not finite. A step that it refuses changes nothing. All ranks see the same norm."""
+    """Have `accepts` decide on every optimiser step by the gradients' global norm.
+
+    The norm is infinite if it is not finite. A step that is refused changes nothing. All ranks see the same
+    norm.
+    """
     optimiser = engine.optimizer
     name = "_get_norm_groups" if engine.zero_optimization_stage() == 3 else "scaled_global_norm"
     measure = getattr(optimiser, name)
@@ -142,7 +146,7 @@ def prepare_moments(engine: Any, step: int) -> None:
 
 @torch.no_grad()
 def spread_masters(engine: Any) -> None:
-    """After the masters were filled: the module's weights, on all ranks, from them."""
+    """After the masters have been filled, set the module's weights from them on all ranks."""
     optimiser = engine.optimizer
     if engine.zero_optimization_stage() < 3:
         optimiser.update_lp_params()

@@ -1,4 +1,4 @@
-"""The moving average of a network's weights, which is what a training leaves for others to load."""
+"""The moving average of a network's weights, which is the result of a training."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""What ranks tell each other beside gradients. Every rank must make each of these calls."""
+"""Communication between ranks besides gradients. Every rank must make each of these calls."""
 
 from typing import Any
 

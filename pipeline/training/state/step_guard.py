@@ -10,7 +10,7 @@ from pipeline.training.state.control import StoppedError
 from pipeline.training.state.deepspeed_adapter import screen_steps
 
 _NORMS_KEPT = 100  # what a spike is measured against
-_NORMS_NEEDED = 20  # before that nothing counts as a spike
+_NORMS_NEEDED = 20  # with fewer, nothing counts as a spike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +18,10 @@ class FaultConfig:
     """Steps that are skipped."""
 
     spike_factor: float = 0.0
-    """A step is skipped if its gradient norm is above this times the median of the last 100 (0: only where a
-    loss or a gradient is not finite)."""
+    """A step is skipped if its gradient norm exceeds this many times the median of the last 100 steps; 0
+    skips only steps whose loss or gradient is not finite."""
     skips_in_row: int = 10
-    """This many skipped steps in a row end the run."""
+    """Number of consecutive skipped steps that ends the run."""
 
     def __post_init__(self) -> None:
         if self.spike_factor and self.spike_factor <= 1:
@@ -33,17 +33,17 @@ class FaultConfig:
 
 
 class StepGuard:
-    """Makes an engine skip optimiser steps with a bad gradient: nothing moves, on all ranks alike.
+    """Makes an engine skip optimiser steps with a bad gradient, in which nothing changes, on all ranks alike.
 
-    All ranks see the same norm, and what it is compared with is in a checkpoint's state, so that a resumed
-    run decides alike.
+    All ranks see the same norm, and the norms that it is compared with are part of a checkpoint's state, so
+    that a resumed run decides alike.
     """
 
     def __init__(self, engine: Any, config: FaultConfig, state: dict[str, Any]) -> None:
         """state: the guard's own, as a checkpoint keeps it."""
         self.engine, self.config, self.state = engine, config, state
         self.norm: float | None = None
-        """Of the newest step's gradients before clipping; None if the engine made no step."""
+        """Norm of the newest step's gradients before clipping; None if the engine made no step."""
         self._judgement: tuple[float, bool] | None = None
         self._steps = engine.global_steps
         for key, value in (("skipped", 0), ("skipped_in_row", 0), ("norms", [])):
@@ -61,8 +61,10 @@ class StepGuard:
         return enough and norm > self.config.spike_factor * statistics.median(last)
 
     def took_step(self, step: int) -> bool:
-        """Once after every step (from 0) of the run: whether the weights moved. They do not where the engine
-        was not asked to step. StoppedError after many steps that were skipped."""
+        """Whether the weights moved in the step just made (from 0); call it once after every step of the run.
+
+        They do not move if the engine was not asked to step. Raises StoppedError after many skipped steps.
+        """
         if self.engine.global_steps == self._steps:
             self.norm = None
             return False
@@ -90,7 +92,7 @@ class StepGuard:
 def step_guards(
     engines: Mapping[str, Any], config: FaultConfig, state: dict[str, Any]
 ) -> dict[str, StepGuard]:
-    """A guard for each engine; what they keep is in the loop's `state["guards"]`, by the engine's name."""
+    """A guard for each engine, with its state in the loop's `state["guards"]` under the engine's name."""
     kept = state.setdefault("guards", {})
     if "norms" in state:  # a checkpoint of v0.1.0, which guarded the transformer alone
         first = next(iter(engines))
