@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.data.filter import SELECTION_FILE
-from pipeline.store import hashing, schema, storage
+from pipeline.store import hashing, parquet, schema, storage
 from pipeline.video import decoding
 
 MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
@@ -43,5 +43,5 @@ def make_data_root(root: Path, train: list[str], held_out: list[str], frames: in
         (schema.SELECTION, SELECTION_FILE, schema.SELECTION_SCHEMA, selection),
     ):
         data = pa.Table.from_pylist(rows, schema=table_schema)
-        storage.write_table(storage.join(url, table, file), [data], table_schema)
+        parquet.write_table(storage.join(url, table, file), [data], table_schema)
     return url

@@ -11,7 +11,7 @@ from pipeline.data import filter_report
 from pipeline.data import selection as select
 from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.data.scorers import technical
-from pipeline.store import hashing, schema, storage
+from pipeline.store import hashing, parquet, schema, storage
 from pipeline.video import sandbox
 from tests.helpers.data_root import make_data_root
 
@@ -80,13 +80,13 @@ def data(tmp_path_factory, local_ray) -> str:
     (root / "missing").mkdir()
     url = make_data_root(root, ["cup.mp4", "city.mp4", "fig.jpg", "trailer_bbb.mp4"], ["box.mp4"])
     file = storage.join(url, schema.CLIPS, "part-0.parquet")
-    clips = storage.read_table(file).to_pylist()
+    clips = parquet.read_table(file).to_pylist()
     broken = dict(clips[1], clip_id="broken", uri=f"file://{root}/gone.mp4")
     twin = dict(clips[0], clip_id="zz_twin", source_id="elsewhere")
     unread = schema.empty_row(schema.CLIPS_SCHEMA, clip_id="unread", source_id="x", uri="x", error="no video")
     rows = [{**row, "phash": f"{hashing.stable_hash(row['uri']):016x}"} for row in [*clips, broken, twin]]
     table = pa.Table.from_pylist([*rows, unread], schema=schema.CLIPS_SCHEMA)
-    storage.write_table(file, [table], schema.CLIPS_SCHEMA)
+    parquet.write_table(file, [table], schema.CLIPS_SCHEMA)
     return url
 
 
@@ -96,7 +96,7 @@ def config(data: str, **changes) -> FilterConfig:
 
 
 def selection(data: str) -> dict[str, dict]:
-    table = storage.read_folder(storage.join(data, schema.SELECTION))
+    table = parquet.read_folder(storage.join(data, schema.SELECTION))
     assert table is not None and table.schema.equals(schema.SELECTION_SCHEMA)
     return {row["clip_id"]: row for row in table.to_pylist()}
 
@@ -113,7 +113,7 @@ def test_every_clip_has_scores_and_a_decision(data):
     assert [rows[i]["keep"] for i in cups] == [True, False]
     assert (rows[cups[1]]["reject_reason"] or "").startswith("duplicate")
     assert rows[cups[1]]["duplicate_of"] == cups[0]
-    table = storage.read_folder(storage.join(data, schema.SCORES))
+    table = parquet.read_folder(storage.join(data, schema.SCORES))
     assert table is not None
     exposure = {row["clip_id"]: row["exposure"] for row in table.to_pylist() if row["error"] is None}
     dark = {i for i, value in exposure.items() if value < LIMIT}
@@ -121,7 +121,7 @@ def test_every_clip_has_scores_and_a_decision(data):
     for i in dark:
         assert rows[i]["reject_reason"] == f"exposure too low: {exposure[i]:.4g} < {LIMIT:g}"
     assert {names[i] for i, row in rows.items() if row["split"] == "held_out"} == {"box.mp4"}
-    scores = storage.read_folder(storage.join(data, schema.SCORES))
+    scores = parquet.read_folder(storage.join(data, schema.SCORES))
     assert scores is not None and scores.num_rows == 8
     measured = next(row for row in scores.to_pylist() if row["clip_id"] == cups[0])
     assert all(measured[name] is not None for name in technical.SCORES if name != "bits_per_pixel")

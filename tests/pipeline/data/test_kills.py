@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from pipeline.store import schema, storage
+from pipeline.store import parquet, schema, storage
 from tests.helpers.data_root import make_data_root
 from tests.helpers.ray_cluster import driver_environment, new_node, one_node_cluster
 from tests.helpers.tiny_models import save_vae
@@ -142,12 +142,12 @@ def rows(stage: str, data: str) -> dict[str, dict[str, dict]]:
     """Every table of a stage by id; fails if a row stands twice."""
     found = {}
     for name, key in TABLES[stage].items():
-        table = storage.read_folder(storage.join(data, name))
+        table = parquet.read_folder(storage.join(data, name))
         assert table is not None, name
         found[name] = {row[key]: row for row in table.to_pylist()}
         assert len(found[name]) == table.num_rows, f"{name}: a row stands twice"
     if stage == "precompute":
-        index = storage.read_folder(storage.join(data, schema.LATENTS, schema.INDEX), ["sample_id"])
+        index = parquet.read_folder(storage.join(data, schema.LATENTS, schema.INDEX), ["sample_id"])
         assert index is not None
         assert sorted(index["sample_id"].to_pylist()) == sorted(found["latents"])
     return found

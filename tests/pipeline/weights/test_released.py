@@ -24,7 +24,7 @@ from pipeline.restoration import restore
 from pipeline.restoration.chunking import Chunk
 from pipeline.restoration.restore import RestoreConfig, Restorer, Sampling
 from pipeline.runtime.job_config import parse
-from pipeline.store import schema, storage
+from pipeline.store import parquet, schema, storage
 from pipeline.training import convert
 from pipeline.training.runs import train_dit, trainer
 from pipeline.training.samples import latent_reader
@@ -207,14 +207,14 @@ def data(tmp_path_factory, model_of, local_ray) -> str:
 
 
 def test_the_fixed_prompt_is_by_reference_and_negative_when_dropped(data, model_of):
-    (file, *_) = storage.parquet_files(f"{data}/{schema.TEXT}")
-    metadata = storage.read_schema(file).metadata
+    (file, *_) = parquet.parquet_files(f"{data}/{schema.TEXT}")
+    metadata = parquet.read_schema(file).metadata
     assert metadata[b"text"] == b"fixed"
     named = json.loads(metadata[b"openseedvr.fixed_text"])
     assert (
         named["negative"]["url"] == model_of("seedvr-3b").negative and len(named["positive"]["sha256"]) == 64
     )
-    for row in storage.read_table(file).to_pylist():
+    for row in parquet.read_table(file).to_pylist():
         assert row["clip_id"] and all(value is None for name, value in row.items() if name != "clip_id")
     reader = latent_reader.LatentReader(data)
     index = latent_reader.read_index(data).to_pylist()
