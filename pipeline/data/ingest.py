@@ -29,6 +29,8 @@ _SPANS = "_spans"  # below clips/: scans of sources that are not in the table ye
 
 @dataclasses.dataclass(frozen=True)
 class IngestConfig:
+    """What `jobs.ingest` reads."""
+
     input: Url
     """Folder with videos and images (file:///..., an absolute path or s3://bucket/prefix), searched with its
     subfolders. A caption may lie beside a file as name.txt, or as name.json with the keys caption, license

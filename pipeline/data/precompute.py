@@ -248,6 +248,7 @@ def complete_index(latents_url: str) -> int:
 
 
 def latents_fingerprint(config: PrecomputeConfig) -> str:
+    """Names everything that determines the rows of latents/."""
     return hashing.fingerprint(
         vae=weights_folder.weights_hash(config.vae),
         video_recipe=config.video_recipe.settings(),

@@ -45,6 +45,7 @@ class FixedTextConfig:
 
 
 def text_columns(embedding: TextEmbedding) -> dict[str, Any]:
+    """The columns of a row of text/ that hold an embedding."""
     columns: dict[str, Any] = {}
     for part in _PARTS:
         columns |= bf16_columns.to_columns(part, getattr(embedding, part))

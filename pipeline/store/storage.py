@@ -78,6 +78,7 @@ def _insist(url: str, action: Callable[[], T], final: tuple[type[Exception], ...
 
 
 def reading(url: str, action: Callable[[], T]) -> T:
+    """What the action reads, tried again while the store fails; StorageError if it keeps failing."""
     return _insist(url, action, (FileNotFoundError, PermissionError))
 
 

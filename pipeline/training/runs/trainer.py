@@ -201,6 +201,7 @@ def make_engine(
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
+    """Set the rate of all parameters of an engine."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
 
