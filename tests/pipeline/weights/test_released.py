@@ -313,7 +313,7 @@ def test_two_steps_change_the_weights_and_convert_back_bit_equal(kind, data, mod
         for ending in ("pth", "safetensors"):
             output = f"file://{tmp_path}/{which}.{ending}"
             convert.run(convert.ConvertConfig(f"file://{checkpoint}", output, which=which))
-        pth = checkpoints.load_backbone(tmp_path / f"{which}.pth", before.config)
+        pth = checkpoints.load_nadit(tmp_path / f"{which}.pth", before.config)
         safe, _ = backbones.load_transformer(
             backbones.BackboneConfig(f"file://{tmp_path}/{which}.safetensors", kind), torch.float32
         )
