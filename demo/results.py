@@ -20,7 +20,7 @@ from demo.report import (
     Pictures,
     write_report,
 )
-from pipeline.restoration.reconstruction import reconstruct
+from pipeline.restoration.vae_reconstruction import reconstruct
 from pipeline.store import parquet, schema
 from pipeline.video import decoding
 from pipeline.weights import weights_folder

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data import filter_report, selection
+from pipeline.data import duplicates, filter_report, selection
 from pipeline.data.scorers import scorer_config, technical
 from pipeline.data.scorers.scorer_config import ScorersConfig
 from pipeline.data.selection import Threshold
@@ -82,7 +82,7 @@ class FilterConfig:
                 raise ValueError(f"thresholds.{score}: no such score; there are {known}")
             if learned[score] not in self.scorers.names:
                 raise ValueError(f"thresholds.{score}: set scorers.{learned[score]} to its weights")
-        most = selection.MAX_DUPLICATE_DISTANCE
+        most = duplicates.MAX_DUPLICATE_DISTANCE
         if self.duplicate_bits is not None and not 0 <= self.duplicate_bits <= most:
             raise ValueError(f"duplicate_bits: {self.duplicate_bits} is not within 0 to {most}")
         selection.check_held_out(self.held_out)

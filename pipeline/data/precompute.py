@@ -83,7 +83,7 @@ class SampleConfig:
 class PrecomputeConfig(SampleConfig):
     """What `jobs.precompute` reads: the samples, and where and how they are made."""
 
-    data: str
+    data: Url
     """Absolute URL of the data root that holds clips/ and selection/; text/ and latents/ are written
     there."""
     variants: int = 1

@@ -25,7 +25,7 @@ from pipeline.runtime import stage
 from pipeline.store import hashing, source_cache, storage
 from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding, encoding
-from pipeline.video.formats import MEDIA_ENDINGS, ending_of
+from pipeline.video.file_endings import MEDIA_ENDINGS, ending_of
 from pipeline.video.sandbox import shared as shared_sandbox
 
 HQ, LQ, MANIFEST, RECORDS, SETTINGS = "hq", "lq", "manifest.json", "_records", "_settings.json"

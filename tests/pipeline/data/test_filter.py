@@ -6,8 +6,8 @@ import pytest
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from pipeline.data import duplicates, filter_report
 from pipeline.data import filter as filter_stage
-from pipeline.data import filter_report
 from pipeline.data import selection as select
 from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.data.scorers import technical
@@ -149,7 +149,7 @@ def test_duplicates_are_found_at_the_stated_distance_only():
     hashes = np.array(values, np.uint64)
 
     def groups(distance: int) -> list[list[int]]:
-        labels = select.duplicate_labels(hashes, distance)
+        labels = duplicates.duplicate_labels(hashes, distance)
         return [g.tolist() for g in (np.flatnonzero(labels == n) for n in np.unique(labels)) if len(g) > 1]
 
     assert groups(3) == [[0, 1, 4]] and groups(0) == [[0, 4]]
@@ -163,7 +163,7 @@ def test_banded_search_finds_what_comparing_all_pairs_finds():
         hashes = np.append(hashes, draw.choice(hashes) ^ flips)
     near = np.bitwise_count(hashes[:, None] ^ hashes[None]) <= 3
     _, expected = connected_components(coo_array(near), directed=False)
-    found = select.duplicate_labels(hashes, 3)
+    found = duplicates.duplicate_labels(hashes, 3)
     assert len({*zip(expected, found, strict=True)}) == len({*expected}) == len({*found})
 
 

@@ -255,7 +255,7 @@ def test_the_shipped_configs_need_only_the_files_named():
             *("--fixed_text.positive", "/pos_emb.pt", "--fixed_text.negative", "/neg_emb.pt"),
         ],
     )
-    assert made.text is None and made.fixed_text.negative == "/neg_emb.pt"
+    assert made.text is None and made.fixed_text.negative == "file:///neg_emb.pt"
     trained = parse(
         train_dit.TrainDitConfig,
         "train_dit",

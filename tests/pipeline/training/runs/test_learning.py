@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import flow, text
+from model import flow, text_encoders
 from model.dit.swin_mmdit import TINY, SwinMMDiT
 from model.vae.autoencoder import CausalVideoAutoencoder
 from pipeline.video import decoding
@@ -82,7 +82,7 @@ class Learner:
         torch.manual_seed(0)
         self.hq, self.lq, self.shapes = hq, lq, shapes
         null, *embeddings = text.TextEncoders(text.TINY_ENCODERS, "cpu").encode(["", *captions])
-        joined = [text.join(embedding, null, False, False, False) for embedding in embeddings]
+        joined = [text_encoders.join(embedding, null, False, False, False) for embedding in embeddings]
         self.texts, self.pooled = [tokens for tokens, _ in joined], torch.stack([p for _, p in joined])
         self.model = SwinMMDiT(TINY)
 
