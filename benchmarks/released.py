@@ -82,7 +82,7 @@ config = checkpoints.config_from_header(nadit.NaDiTConfig, json.loads(shape), pa
 with torch.device("meta"):
     nadit.NaDiT(config)  # torch imports 160 MB of libraries at its first empty network
 before = peak_bytes()
-model = checkpoints.load_backbone(path, config, getattr(torch, dtype) if dtype != "keep" else None)
+model = checkpoints.load_nadit(path, config, getattr(torch, dtype) if dtype != "keep" else None)
 for parameter in model.parameters():
     parameter.view(-1)[:: 4096 // parameter.element_size()].sum()  # every page is touched
 print(json.dumps([peak_bytes() - before, sum(p.nbytes for p in model.parameters())]))

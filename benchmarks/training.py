@@ -144,7 +144,7 @@ class Sources:
 
 
 def parts_of(sources: Sources, learner: Learner, stored: str) -> dict[str, Callable[[int], Any]]:
-    """Each part of a step both ways, and the two steps whole, on a sample. stored: the URL of their tables."""
+    """Each part of a step both ways, and the two steps whole, on a sample; stored: the URL of all."""
     samples = range(len(sources.planned))
     captions = [sample["clip"]["caption"] or "" for sample in sources.planned]
     pixels = [sources.pixels(number) for number in samples]

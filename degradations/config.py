@@ -81,8 +81,10 @@ class RecipeConfig:
             raise ValueError(f"time: {self.time!r} is none of {', '.join(get_args(TimeMode))}")
 
     def settings(self) -> dict[str, Any]:
-        """As JSON, for fingerprints: without operations that are null by default, so that a degradation added
-        later changes nothing about recipes which do not have it.
+        """As JSON, for fingerprints.
+
+        Operations that are null by default are left out, so that a degradation added later changes nothing
+        about recipes that do not have it.
         """
         record = asdict(self)
         for name in ("first", "second"):

@@ -27,7 +27,7 @@ class Separated(NamedTuple):
     rows: np.ndarray  # (rank, size) float64
 
 
-def make_kernel(
+def make_kernel(  # noqa: PLR0913 - the published parameters of a kernel
     kind: KernelKind,
     size_px: int,
     sigma_x_px: float = 1.0,
@@ -114,7 +114,7 @@ def _separate(kernel: np.ndarray, tolerance: float) -> Separated:
 
 
 @lru_cache(maxsize=256)
-def _plan(
+def _plan(  # noqa: PLR0913 - the published parameters of a kernel
     kind: KernelKind,
     size_px: int,
     sigma_x_px: float,
@@ -131,7 +131,7 @@ def _plan(
     return _separate(_trim(kernel, TOLERANCE / 2), TOLERANCE / 2)
 
 
-def blur(
+def blur(  # noqa: PLR0913 - the published parameters of a kernel
     frame: np.ndarray,
     kind: KernelKind,
     size_px: int,

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model import preprocess
+from model import colour_fix
 from pipeline.data import precompute
 from pipeline.data.kept_clips import KeptClips
 from pipeline.data.sample_pixels import prepare_sample
@@ -98,7 +98,7 @@ def _middle(network: PixelCNN, window: list[Tensor]) -> np.ndarray:
     height, width = window[0].shape[-2:]
     even = F.pad(torch.stack(window), (0, width % SHUFFLE, 0, height % SHUFFLE), mode="replicate")
     corrected = network(even[None])[..., :height, :width]
-    fixed = preprocess.wavelet_colour_fix(corrected, window[1][None])[0]  # linear, so 0 to 1 works
+    fixed = colour_fix.wavelet_colour_fix(corrected, window[1][None])[0]  # linear, so 0 to 1 works
     return (fixed.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 

@@ -20,8 +20,8 @@ from demo.report import (
     Pictures,
     write_report,
 )
-from pipeline.restoration.reconstruction import reconstruct
-from pipeline.store import schema, storage
+from pipeline.restoration.vae_reconstruction import reconstruct
+from pipeline.store import parquet, schema
 from pipeline.video import decoding
 from pipeline.weights import weights_folder
 
@@ -82,7 +82,7 @@ def _history(out: Path, model: str) -> dict[str, Any]:
 def score_pictures(out: Path, files: Path) -> list[Picture]:
     """A histogram of each score that has a value."""
     folder = out / "data" / schema.SCORES
-    table = storage.read_folder(f"file://{folder}") if folder.exists() else None
+    table = parquet.read_folder(f"file://{folder}") if folder.exists() else None
     if table is None:
         return []
     thresholds = filter_thresholds()

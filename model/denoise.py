@@ -35,7 +35,7 @@ class Schedule:
     """0..1000, before the shift by the video's size"""
 
 
-def denoise(
+def denoise(  # noqa: PLR0913 - one call, all of it tensors
     network: Network,
     low_quality: Tensor,
     noise: Tensor,

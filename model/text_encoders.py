@@ -150,7 +150,7 @@ def _clip_text_tower(name: str, tiny_width: int, seed: int) -> "TextTransformer"
     source = f"local-dir:{name}" if Path(name).is_dir() else f"hf-hub:{name}"
     # With the text tower as its own module, the image tower is not kept; weights are read as tensors only.
     model = open_clip.create_model(source, force_custom_text=True, require_pretrained=True, weights_only=True)
-    return model.text_encoders
+    return model.text
 
 
 def _t5(

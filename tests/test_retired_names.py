@@ -36,6 +36,6 @@ def test_retired_names_stand_only_in_the_history():
 
 
 def test_a_retired_name_is_seen_where_it_stands_whole():
-    pattern = pattern_of(["room.module", "Desk"])
-    assert pattern.search("from room.module import join") and pattern.search("a Desk.")
-    assert not pattern.search("room.module_of") and not pattern.search("Desks")
+    pattern = pattern_of(["room.module", "OldName"])
+    assert pattern.search("from room.module import join") and pattern.search("an OldName.")
+    assert not pattern.search("room.module_of") and not pattern.search("OldNames")

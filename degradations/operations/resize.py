@@ -78,8 +78,9 @@ class ResizeConfig:
         check_distribution("resize.interpolations", self.interpolations, tuple(even_interpolations()))
 
     def draw(self, clip: ClipDraws) -> list[Resize]:
-        """One resize. Frames of different sizes (after an earlier walk) all go by the first one's size, as in
-        MMagic.
+        """One resize.
+
+        Frames of different sizes (after an earlier walk) are resized by the first one's size, as in MMagic.
         """
         low, high = self.factor
         keep = max(0.0, 1.0 - self.up - self.down)

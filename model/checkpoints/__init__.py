@@ -30,7 +30,7 @@ from model.checkpoints.scorers import (
 )
 from model.checkpoints.transformer import (
     build_backbone,
-    load_backbone,
+    load_nadit,
     load_sd3_transformer,
     released_backbone_config,
     save_backbone,
@@ -46,12 +46,12 @@ __all__ = [
     "config_from_header",
     "load_aesthetic_head",
     "load_autoencoder",
-    "load_backbone",
     "load_clip",
     "load_dover",
     "load_fast_vqa",
     "load_inflated_autoencoder",
     "load_musiq",
+    "load_nadit",
     "load_sd3_transformer",
     "load_strict",
     "read_header",

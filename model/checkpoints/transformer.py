@@ -37,7 +37,7 @@ def stated_backbone(path: str | Path) -> NaDiTConfig | None:
     return config_from_header(NaDiTConfig, config_values(header["backbone"]), path)
 
 
-def load_backbone(
+def load_nadit(
     path: str | Path,
     config: NaDiTConfig | None = None,
     dtype: torch.dtype | None = None,

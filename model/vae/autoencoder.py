@@ -239,7 +239,7 @@ class CausalVideoAutoencoder(nn.Module):
             memory.frames += piece.shape[2]
             yield moments
 
-    def decode_stream(
+    def decode_stream(  # noqa: PLR0913 - a stream states its whole shape
         self,
         latents: Iterable[Tensor],
         num_frames: int,

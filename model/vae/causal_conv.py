@@ -42,8 +42,9 @@ class StreamMemory:
         return self.frames == 0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat tensors, ready for safetensors: the cache by convolution name, and `frames`. They are the
-        stream's own: write or copy them before the stream goes on.
+        """Flat tensors, ready for safetensors: the cache by convolution name, and `frames`.
+
+        They are the stream's own, so write or copy them before the stream goes on.
         """
         return {**self.cache, "frames": torch.tensor(self.frames)}
 

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.store import hashing, storage
-from pipeline.video.formats import MEDIA_ENDINGS, ending_of
+from pipeline.video.file_endings import MEDIA_ENDINGS, ending_of
 
 SIDECAR_ENDINGS = (".txt", ".json")
 LABELS = ("caption", "license", "dataset")

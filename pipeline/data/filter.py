@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data import filter_report, selection
+from pipeline.data import duplicates, filter_report, selection
 from pipeline.data.scorers import scorer_config, technical
 from pipeline.data.scorers.scorer_config import ScorersConfig
 from pipeline.data.selection import Threshold
 from pipeline.runtime import prometheus, stage, work_plan
-from pipeline.store import hashing, schema, source_cache, storage
+from pipeline.store import hashing, parquet, schema, source_cache, storage
 from pipeline.store.urls import Url, check_urls
 from pipeline.video.sandbox import MediaError
 from pipeline.video.sandbox import shared as shared_sandbox
@@ -82,7 +82,7 @@ class FilterConfig:
                 raise ValueError(f"thresholds.{score}: no such score; there are {known}")
             if learned[score] not in self.scorers.names:
                 raise ValueError(f"thresholds.{score}: set scorers.{learned[score]} to its weights")
-        most = selection.MAX_DUPLICATE_DISTANCE
+        most = duplicates.MAX_DUPLICATE_DISTANCE
         if self.duplicate_bits is not None and not 0 <= self.duplicate_bits <= most:
             raise ValueError(f"duplicate_bits: {self.duplicate_bits} is not within 0 to {most}")
         selection.check_held_out(self.held_out)
@@ -164,23 +164,23 @@ def read_decided(config: FilterConfig, made_by: list[str], files: list[str]) -> 
     columns = {scorer: scorer_config.columns_of(scorer) for scorer in made_by}
     clips = selection.Clips(config.thresholds, config.held_out, columns)
     for file in files:
-        clips.add(storage.read_table(file, list(_DECIDING_FIELDS)))
+        clips.add(parquet.read_table(file, list(_DECIDING_FIELDS)))
     clips.close()
     weight_free = [name for name in config.thresholds if name in technical.SCORES]
-    for table in storage.iterate_folder(
+    for table in parquet.iterate_folder(
         storage.join(config.data, schema.SCORES), ["clip_id", *weight_free, "error"]
     ):
         clips.judge(table)
     clips.ask()
     for file, found in learned_files(config.data, made_by):
-        clips.judge_learned(storage.read_table(file), found)
+        clips.judge_learned(parquet.read_table(file), found)
     return clips
 
 
 def learned_files(data_url: str, made_by: list[str]) -> Iterator[tuple[str, list[str]]]:
     """(file, what made its rows) of learned_scores/, of those that any of these scorers made."""
     root = storage.join(data_url, schema.LEARNED)
-    for file in storage.parquet_files(root) if made_by else ():
+    for file in parquet.parquet_files(root) if made_by else ():
         found = scorer_config.makers(file.removeprefix(root + "/").split("/")[0])
         if set(found) & set(made_by):
             yield file, found
@@ -217,13 +217,13 @@ def score_learned(config: FilterConfig, made_by: list[str], files: list[str]) ->
 
 def _rows_of(files: list[str]) -> Iterator[dict[str, Any]]:
     for file in files:
-        yield from storage.read_table(file).to_pylist()
+        yield from parquet.read_table(file).to_pylist()
 
 
 def rebuild_selection(config: FilterConfig, made_by: list[str], summary: stage.Summary) -> None:
     """Rewrite selection/ from clips/ and the existing scores, and count."""
     # The list is made once: each pass must see the same files in the same order.
-    files = storage.parquet_files(storage.join(config.data, schema.CLIPS))
+    files = parquet.parquet_files(storage.join(config.data, schema.CLIPS))
     clips = read_decided(config, made_by, files)
     clips.settle()
     decision = selection.decide(clips, config.duplicate_bits, config.held_out_share)
@@ -232,7 +232,7 @@ def rebuild_selection(config: FilterConfig, made_by: list[str], summary: stage.S
     def tables() -> Iterator[pa.Table]:
         first = 0
         for file in files:
-            table = storage.read_table(file, ["clip_id", "error"])
+            table = parquet.read_table(file, ["clip_id", "error"])
             rows = selection.rows(clips, decision, first, table)
             first += len(rows)
             reasons.update(work_plan.count_reasons([row["reject_reason"] for row in rows]))
@@ -243,7 +243,7 @@ def rebuild_selection(config: FilterConfig, made_by: list[str], summary: stage.S
             yield pa.Table.from_pylist(rows, schema=schema.SELECTION_SCHEMA)
 
     url = storage.join(config.data, schema.SELECTION, SELECTION_FILE)
-    storage.write_table(url, work_plan.joined(tables()), schema.SELECTION_SCHEMA)
+    parquet.write_table(url, work_plan.joined(tables()), schema.SELECTION_SCHEMA)
     summary.rows_in = len(clips)
     summary.rejected = dict(reasons.most_common())
     summary.details["clips without scores yet"] = clips.not_scored
@@ -266,14 +266,14 @@ def read_spreads(config: FilterConfig, made_by: list[str]) -> dict[str, filter_r
     }
     weight_free = list(technical.SCORES)
     parts = itertools.chain(
-        ((file, weight_free) for file in storage.parquet_files(storage.join(config.data, schema.SCORES))),
+        ((file, weight_free) for file in parquet.parquet_files(storage.join(config.data, schema.SCORES))),
         (
             (file, [column for one in found if one in made_by for column in scorer_config.columns_of(one)])
             for file, found in learned_files(config.data, made_by)
         ),
     )
     for file, columns in parts:
-        table = storage.read_table(file, columns)
+        table = parquet.read_table(file, columns)
         for name in columns:
             spreads[name].add(table[name].drop_null().to_numpy())
     return spreads
@@ -281,7 +281,7 @@ def read_spreads(config: FilterConfig, made_by: list[str]) -> dict[str, filter_r
 
 def iterate_clips(data_url: str) -> Iterator[dict[str, Any]]:
     """Every row of clips/; ValueError if there is none."""
-    files = storage.parquet_files(storage.join(data_url, schema.CLIPS))
+    files = parquet.parquet_files(storage.join(data_url, schema.CLIPS))
     if not files:
         raise ValueError(f"data: {data_url} has no clips/; run ingest first")
     yield from _rows_of(files)
@@ -290,7 +290,7 @@ def iterate_clips(data_url: str) -> Iterator[dict[str, Any]]:
 def run(config: FilterConfig) -> stage.Summary:
     """Score the clips that have no scores yet, then decide for all."""
     folder = storage.join(config.data, schema.SCORES)
-    files = storage.parquet_files(storage.join(config.data, schema.CLIPS))
+    files = parquet.parquet_files(storage.join(config.data, schema.CLIPS))
     if not files:
         raise ValueError(f"data: {config.data} has no clips/; run ingest first")
     made_by = list(scorer_config.fingerprints(config.scorers).values())

@@ -18,7 +18,7 @@ import ray
 
 from pipeline.data import discovery, shots
 from pipeline.runtime import stage, work_plan
-from pipeline.store import hashing, schema, source_cache, storage
+from pipeline.store import hashing, parquet, schema, source_cache, storage
 from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding
 from pipeline.video.sandbox import MediaError, Sandbox
@@ -29,6 +29,8 @@ _SPANS = "_spans"  # below clips/: scans of sources that are not in the table ye
 
 @dataclasses.dataclass(frozen=True)
 class IngestConfig:
+    """What `jobs.ingest` reads."""
+
     input: Url
     """Folder with videos and images (file:///..., an absolute path or s3://bucket/prefix), searched with its
     subfolders. A caption may lie beside a file as name.txt, or as name.json with the keys caption, license
@@ -299,7 +301,7 @@ def count_clips(folder: str, summary: stage.Summary) -> None:
     """Fill in kept, errors and reasons from the table's small columns, one file at a time."""
     kinds: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    for table in storage.iterate_folder(folder, ["media", "error"]):
+    for table in parquet.iterate_folder(folder, ["media", "error"]):
         good = table.filter(pc.is_null(table["error"]))
         kinds.update(good["media"].to_pylist())
         reasons.update(work_plan.count_reasons(table["error"].to_pylist()))

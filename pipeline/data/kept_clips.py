@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from pipeline.store import schema, storage
+from pipeline.store import parquet, schema, storage
 from pipeline.store.id_index import ID_BYTES, Lookup, id_array
 
 
@@ -16,11 +16,11 @@ class KeptClips:
     def __init__(self, data_url: str) -> None:
         """Read the selection; ValueError if there is none, or if it keeps no clip."""
         ids, held_out = [np.zeros(0, f"S{ID_BYTES}")], [np.zeros(0, bool)]
-        files = storage.parquet_files(storage.join(data_url, schema.SELECTION))
-        if not files or not storage.parquet_files(storage.join(data_url, schema.CLIPS)):
+        files = parquet.parquet_files(storage.join(data_url, schema.SELECTION))
+        if not files or not parquet.parquet_files(storage.join(data_url, schema.CLIPS)):
             raise ValueError(f"data: {data_url} has no clips/ or no selection/; run ingest and filter first")
         for file in files:
-            table = storage.read_table(file, ["clip_id", "keep", "split"])
+            table = parquet.read_table(file, ["clip_id", "keep", "split"])
             table = table.filter(table["keep"])
             ids.append(id_array(table["clip_id"].to_pylist()))
             held_out.append(pc.equal(table["split"], "held_out").to_numpy())
@@ -34,7 +34,7 @@ class KeptClips:
         self, data_url: str, columns: list[str] | None = None
     ) -> Iterator[tuple[dict[str, Any], str, int]]:
         """(row of clips/, split, text tokens) of every kept clip, file by file. columns: None for all."""
-        for table in storage.iterate_folder(storage.join(data_url, schema.CLIPS), columns):
+        for table in parquet.iterate_folder(storage.join(data_url, schema.CLIPS), columns):
             places = self._lookup.find(id_array(table["clip_id"].to_pylist()))
             kept = np.flatnonzero(places >= 0)
             for row, place in zip(table.take(kept).to_pylist(), places[kept], strict=True):
@@ -43,7 +43,7 @@ class KeptClips:
 
     def read_text_tokens(self, text_url: str) -> None:
         """Fill in each clip's tokens from text/."""
-        for table in storage.iterate_folder(
+        for table in parquet.iterate_folder(
             text_url, ["clip_id", "clip_l_shape", "clip_g_shape", "t5_shape"]
         ):
             places = self._lookup.find(id_array(table["clip_id"].to_pylist()))

@@ -23,7 +23,7 @@ from pipeline.data import cropping, precompute_cost, text_embeddings
 from pipeline.data.kept_clips import KeptClips
 from pipeline.data.sample_pixels import PixelConfig, prepare_sample
 from pipeline.runtime import prometheus, stage, work_plan
-from pipeline.store import bf16_columns, hashing, schema, storage
+from pipeline.store import bf16_columns, hashing, parquet, schema, storage
 from pipeline.store.urls import Url, check_urls
 from pipeline.video import pixel_range
 from pipeline.weights import weights_folder
@@ -83,7 +83,7 @@ class SampleConfig:
 class PrecomputeConfig(SampleConfig):
     """What `jobs.precompute` reads: the samples, and where and how they are made."""
 
-    data: str
+    data: Url
     """Absolute URL of the data root that holds clips/ and selection/; text/ and latents/ are written
     there."""
     variants: int = 1
@@ -213,8 +213,8 @@ def index_file(latents_url: str, shard: work_plan.Shard) -> None:
     planned = {row["sample_id"]: row for row in work_plan.read_shard(latents_url, shard)}
     columns = ["sample_id", "clip_id", "media", "num_frames", "height", "width", "error"]
     rows = []
-    for group_number in range(storage.read_metadata(file).num_row_groups):
-        group = storage.read_table(file, columns, row_group=group_number).to_pylist()
+    for group_number in range(parquet.read_metadata(file).num_row_groups):
+        group = parquet.read_table(file, columns, row_group=group_number).to_pylist()
         for row_number, row in enumerate(group):
             if row.pop("error") is not None:
                 continue
@@ -233,21 +233,22 @@ def index_file(latents_url: str, shard: work_plan.Shard) -> None:
                 }
             )
     table = pa.Table.from_pylist(rows, schema=schema.INDEX_SCHEMA)
-    storage.write_table(storage.join(latents_url, schema.INDEX, shard.name), [table], schema.INDEX_SCHEMA)
+    parquet.write_table(storage.join(latents_url, schema.INDEX, shard.name), [table], schema.INDEX_SCHEMA)
 
 
 def complete_index(latents_url: str) -> int:
     """Index the files whose task was killed before it could; returns the number of indexed samples."""
     index_url = storage.join(latents_url, schema.INDEX)
-    made = {url.rsplit("/", 1)[1] for url in storage.parquet_files(latents_url)}
-    missing = made - {url.rsplit("/", 1)[1] for url in storage.parquet_files(index_url)}
+    made = {url.rsplit("/", 1)[1] for url in parquet.parquet_files(latents_url)}
+    missing = made - {url.rsplit("/", 1)[1] for url in parquet.parquet_files(index_url)}
     for shard in work_plan.planned_shards(latents_url) if missing else ():
         if shard.name in missing:
             index_file(latents_url, shard)
-    return storage.count_rows(index_url)
+    return parquet.count_rows(index_url)
 
 
 def latents_fingerprint(config: PrecomputeConfig) -> str:
+    """Names everything that determines the rows of latents/."""
     return hashing.fingerprint(
         vae=weights_folder.weights_hash(config.vae),
         video_recipe=config.video_recipe.settings(),

@@ -19,7 +19,7 @@ from model import text_encoders
 from model.text_encoders import TextEmbedding, TextEncoderConfig, TextEncoders
 from pipeline.data.kept_clips import KeptClips
 from pipeline.runtime import prometheus, stage, work_plan
-from pipeline.store import bf16_columns, hashing, schema, storage
+from pipeline.store import bf16_columns, hashing, parquet, schema, storage
 from pipeline.store.urls import Url, check_urls
 from pipeline.weights import backbones, weights_folder
 
@@ -45,6 +45,7 @@ class FixedTextConfig:
 
 
 def text_columns(embedding: TextEmbedding) -> dict[str, Any]:
+    """The columns of a row of text/ that hold an embedding."""
     columns: dict[str, Any] = {}
     for part in _PARTS:
         columns |= bf16_columns.to_columns(part, getattr(embedding, part))
@@ -98,8 +99,8 @@ class FixedTexts:
 def read_texts(data_url: str) -> ClipTexts | FixedTexts:
     """What the metadata of a data root's text/ says; ValueError if there is none or a prompt has changed."""
     folder = storage.join(data_url, schema.TEXT)
-    files = storage.parquet_files(folder)
-    metadata = (storage.read_schema(files[0]).metadata or {}) if files else {}
+    files = parquet.parquet_files(folder)
+    metadata = (parquet.read_schema(files[0]).metadata or {}) if files else {}
     if _FIXED_KEY in metadata:
         return FixedTexts(**{
             name: _read_fixed(name, **tensor) for name, tensor in json.loads(metadata[_FIXED_KEY]).items()

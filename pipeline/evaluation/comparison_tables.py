@@ -56,7 +56,7 @@ def number_text(value: float | None, decimals: int = 3) -> str:
 
 
 def mean_text(entry: dict[str, Any], metric: str) -> str:
-    """ "25.31 ± 0.42"."""
+    """A mean and its standard error, as in 25.31 ± 0.42."""
     error = entry["standard_error"]
     text = value_text(entry["mean"], metric)
     return text if error is None else f"{text} ± {value_text(error, metric)}"

@@ -26,13 +26,13 @@ from model import preprocess
 from pipeline.evaluation import benchmark_sets, comparison_tables, peers, published
 from pipeline.metrics import metric_table
 from pipeline.metrics.metric_networks import LearnedMetrics, Networks
-from pipeline.restoration.reconstruction import reconstruct
 from pipeline.restoration.restore import MANIFEST
+from pipeline.restoration.vae_reconstruction import reconstruct
 from pipeline.runtime import stage
 from pipeline.store import storage
 from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding
-from pipeline.video.formats import IMAGE_ENDINGS, MEDIA_ENDINGS, ending_of, natural_order
+from pipeline.video.file_endings import IMAGE_ENDINGS, MEDIA_ENDINGS, ending_of, natural_order
 from pipeline.video.sandbox import Sandbox
 from pipeline.weights import weights_folder
 

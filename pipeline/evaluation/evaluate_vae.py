@@ -28,7 +28,7 @@ from pipeline.evaluation.diffusers_vae import CONFIG_FILE, DiffusersAutoencoder
 from pipeline.evaluation.evaluate import bicubic, media_files, summarise
 from pipeline.metrics import frechet
 from pipeline.metrics.psnr_ssim import full_reference_scores
-from pipeline.restoration.reconstruction import reconstruct
+from pipeline.restoration.vae_reconstruction import reconstruct
 from pipeline.runtime import stage
 from pipeline.store import storage
 from pipeline.store.urls import Url, check_urls

@@ -29,7 +29,7 @@ from pipeline.store import storage
 from pipeline.store.schema import SUMMARY
 from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding, encoding
-from pipeline.video.formats import MEDIA_ENDINGS, ending_of
+from pipeline.video.file_endings import MEDIA_ENDINGS, ending_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS_FILE = ROOT / "configs" / "peers.yaml"

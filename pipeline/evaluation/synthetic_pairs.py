@@ -25,7 +25,7 @@ from pipeline.runtime import stage
 from pipeline.store import hashing, source_cache, storage
 from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding, encoding
-from pipeline.video.formats import MEDIA_ENDINGS, ending_of
+from pipeline.video.file_endings import MEDIA_ENDINGS, ending_of
 from pipeline.video.sandbox import shared as shared_sandbox
 
 HQ, LQ, MANIFEST, RECORDS, SETTINGS = "hq", "lq", "manifest.json", "_records", "_settings.json"
@@ -124,6 +124,7 @@ def read_middle(row: dict[str, Any], path: str, max_frames: int) -> tuple[np.nda
 
 
 def centre_crop(frames: np.ndarray, max_height: int, max_width: int) -> np.ndarray:
+    """Frames (T, H, W, 3) cut to at most this height and width around their centre."""
     height, width = frames.shape[1:3]
     top, left = max(0, (height - max_height) // 2), max(0, (width - max_width) // 2)
     return np.ascontiguousarray(frames[:, top : top + max_height, left : left + max_width])

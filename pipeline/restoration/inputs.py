@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 from pipeline.store import hashing, storage
-from pipeline.video.formats import IMAGE_ENDINGS, MEDIA_ENDINGS, ending_of, natural_order
+from pipeline.video.file_endings import IMAGE_ENDINGS, MEDIA_ENDINGS, ending_of, natural_order
 
 
 def find_inputs(roots: list[str], as_sequences: bool) -> tuple[list[dict[str, Any]], Counter[str]]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model import preprocess
+from model import colour_fix, preprocess
 from model.denoise import denoise
 from model.vae.autoencoder import CausalVideoAutoencoder
 from model.vae.causal_conv import StreamMemory, channels_last
@@ -28,8 +28,8 @@ from pipeline.restoration.chunking import (
     ChunkCutter,
 )
 from pipeline.restoration.memory_plan import MemoryPlan, Models
-from pipeline.restoration.reconstruction import UNKNOWN_LENGTH
 from pipeline.restoration.sampling_config import Sampling
+from pipeline.restoration.vae_reconstruction import UNKNOWN_LENGTH
 from pipeline.store.schema import TEMPORAL_FACTOR
 from pipeline.weights import weights_folder
 from pipeline.weights.backbones import Backbone, ModelConfig, load_with_prompts
@@ -355,7 +355,7 @@ class RestoreStream:
         for number, own in enumerate(inputs):
             restored = video[:, number, :height, :width].float()[None]
             if method != "none":
-                fix = preprocess.wavelet_colour_fix if method == "wavelet" else preprocess.adain_colour_fix
+                fix = colour_fix.wavelet_colour_fix if method == "wavelet" else colour_fix.adain_colour_fix
                 restored = fix(restored, self._resized(own).mul_(2).sub_(1))
             unit = restored.clamp(-1, 1).mul_(0.5).add_(0.5)
             pixels = unit.mul_(np.iinfo(depth).max).round_()[0].permute(1, 2, 0)

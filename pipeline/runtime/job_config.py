@@ -5,8 +5,8 @@ names the key. `--help` prints every field's docstring.
 """
 
 import sys
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser
 from jsonargparse import set_parsing_settings as _set_parsing_settings
@@ -35,7 +35,12 @@ def parse(config_class: type[C], description: str, arguments: Sequence[str] | No
         raise SystemExit(2) from None
 
 
-def run_job(config_class: type[C], description: str | None, run, arguments: Sequence[str] | None = None):
+def run_job(
+    config_class: type[C],
+    description: str | None,
+    run: Callable[[C], Any],
+    arguments: Sequence[str] | None = None,
+) -> Any:
     """Entry point of every `jobs/<stage>.py`: read the config, run, report a user's mistake in one line."""
     config = parse(config_class, (description or "").split("\n")[0], arguments)
     try:

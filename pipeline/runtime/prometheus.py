@@ -57,6 +57,7 @@ def count(name: str, amount: float, **tags: str) -> None:
 
 
 def count_shard(table: str, rows: int, errors: int, size_bytes: int) -> None:
+    """Count a finished shard of a table."""
     count(ROWS, rows, table=table)
     count(ERRORS, errors, table=table)
     count(BYTES, size_bytes, table=table)

@@ -37,6 +37,7 @@ def connect() -> None:
 
 
 def nodes() -> int:
+    """Nodes of the cluster that are alive."""
     return sum(1 for node in ray.nodes() if node["Alive"])
 
 

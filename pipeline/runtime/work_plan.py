@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.runtime import prometheus
-from pipeline.store import hashing, schema, storage
+from pipeline.store import hashing, parquet, schema, storage
 
 PLANS = "_plan"
 PLAN_SCHEMA = pa.schema([("id", pa.string()), ("row", pa.string())])
@@ -61,9 +61,9 @@ class Planned:
 
 def check_fingerprint(folder_url: str, fingerprint: str) -> None:
     """Raise ValueError if the folder holds rows, or plans of rows, made with other settings."""
-    files = [*storage.parquet_files(folder_url)[:1], *_plan_files(folder_url)[:1]]
+    files = [*parquet.parquet_files(folder_url)[:1], *_plan_files(folder_url)[:1]]
     for file in files:
-        found = (storage.read_schema(file).metadata or {}).get(schema.FINGERPRINT_KEY, b"").decode()
+        found = (parquet.read_schema(file).metadata or {}).get(schema.FINGERPRINT_KEY, b"").decode()
         if found != fingerprint:
             raise ValueError(
                 f"{folder_url}: holds rows made with other settings or models (fingerprint "
@@ -72,7 +72,7 @@ def check_fingerprint(folder_url: str, fingerprint: str) -> None:
 
 
 def _plan_files(folder_url: str) -> list[str]:
-    return storage.parquet_files(storage.join(folder_url, PLANS))
+    return parquet.parquet_files(storage.join(folder_url, PLANS))
 
 
 def _hashes(ids: Iterable[str]) -> np.ndarray:
@@ -108,7 +108,7 @@ def plan(
     again, and a late writer of the killed run can only write the same bytes to the same name.
     """
     check_fingerprint(folder_url, fingerprint)
-    parts = [_hashes(storage.read_table(file, ["id"])["id"].to_pylist()) for file in _plan_files(folder_url)]
+    parts = [_hashes(parquet.read_table(file, ["id"])["id"].to_pylist()) for file in _plan_files(folder_url)]
     known = np.sort(np.concatenate([np.zeros(0, np.int64), *parts]))
     del parts
     seen = np.zeros(0, np.int64)
@@ -152,28 +152,28 @@ def _write_plan(
     edges = [len(rows) * i // number for i in range(number + 1)]
     groups = [table.slice(first, last - first) for first, last in itertools.pairwise(edges)]
     url = storage.join(folder_url, PLANS, f"{name}.parquet")
-    storage.write_table(url, groups, schema.with_fingerprint(PLAN_SCHEMA, fingerprint))
+    parquet.write_table(url, groups, schema.with_fingerprint(PLAN_SCHEMA, fingerprint))
 
 
 def planned_shards(folder_url: str) -> Iterator[Shard]:
     """Every shard of every plan, whether it has been made or not."""
     for file in _plan_files(folder_url):
         name = file.rsplit("/", 1)[1].removesuffix(".parquet")
-        footer = storage.read_metadata(file)
+        footer = parquet.read_metadata(file)
         for number in range(footer.num_row_groups):
             yield Shard(name, number, footer.row_group(number).num_rows)
 
 
 def pending_shards(folder_url: str) -> list[Shard]:
     """The planned shards that have no file yet."""
-    made = {url.rsplit("/", 1)[1] for url in storage.parquet_files(folder_url)}
+    made = {url.rsplit("/", 1)[1] for url in parquet.parquet_files(folder_url)}
     return [shard for shard in planned_shards(folder_url) if shard.name not in made]
 
 
 def read_shard(folder_url: str, shard: Shard) -> list[dict[str, Any]]:
     """The planned rows of a shard."""
     url = storage.join(folder_url, PLANS, f"{shard.plan}.parquet")
-    table = storage.read_table(url, ["row"], row_group=shard.number)
+    table = parquet.read_table(url, ["row"], row_group=shard.number)
     return [json.loads(row) for row in table["row"].to_pylist()]
 
 
@@ -208,7 +208,7 @@ def write_shard(folder_url: str, shard: Shard, rows: list[dict[str, Any]], table
     """Write one shard's rows; returns the file's bytes."""
     url = storage.join(folder_url, shard.name)
     tables = row_groups(rows, table_schema)
-    storage.write_table(url, tables, table_schema)
+    parquet.write_table(url, tables, table_schema)
     return sum(table.nbytes for table in tables)
 
 

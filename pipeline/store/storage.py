@@ -18,16 +18,13 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
-import pyarrow as pa
 import pyarrow.fs as pa_fs
-import pyarrow.parquet as pq
 
 T = TypeVar("T")
 
@@ -80,7 +77,8 @@ def _insist(url: str, action: Callable[[], T], final: tuple[type[Exception], ...
     raise AssertionError
 
 
-def _reading(url: str, action: Callable[[], T]) -> T:
+def reading(url: str, action: Callable[[], T]) -> T:
+    """What the action reads, tried again while the store fails; StorageError if it keeps failing."""
     return _insist(url, action, (FileNotFoundError, PermissionError))
 
 
@@ -134,11 +132,13 @@ def path_of(url: str) -> str:
 
 
 def join(url: str, *names: str) -> str:
+    """The URL of what lies below another."""
     return "/".join([url.rstrip("/"), *names])
 
 
 def exists(url: str) -> bool:
-    return _reading(url, lambda: filesystem(url).exists(path_of(url)))
+    """Whether there is a file or a folder at the URL."""
+    return reading(url, lambda: filesystem(url).exists(path_of(url)))
 
 
 def walk(url: str) -> Iterator[tuple[str, int, str]]:
@@ -161,7 +161,7 @@ def _walk_bucket(url: str) -> Iterator[tuple[str, int, str]]:
     request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": _KEYS_PER_PAGE}
     fs = filesystem(url)
     while True:
-        page = _reading(url, lambda: fs.call_s3("list_objects_v2", **request))
+        page = reading(url, lambda: fs.call_s3("list_objects_v2", **request))
         for entry in page.get("Contents", []):
             if not entry["Key"].endswith("/"):
                 yield f"s3://{bucket}/{entry['Key']}", int(entry["Size"]), entry.get("ETag", "").strip('"')
@@ -188,7 +188,7 @@ def _walk_folder(path: str) -> Iterator[tuple[str, int, str]]:
 def _file_info(url: str) -> dict[str, Any] | None:
     """The filesystem's information on a file; None if there is no such file."""
     try:
-        info = _reading(url, lambda: filesystem(url).info(path_of(url)))
+        info = reading(url, lambda: filesystem(url).info(path_of(url)))
     except FileNotFoundError:
         return None
     return info if info["type"] == "file" else None
@@ -206,12 +206,13 @@ def list_files(url: str) -> list[tuple[str, int, str]]:
 
 
 def read_bytes(url: str) -> bytes:
-    return bytes(_reading(url, lambda: filesystem(url).cat_file(path_of(url))))
+    """A whole file."""
+    return bytes(reading(url, lambda: filesystem(url).cat_file(path_of(url))))
 
 
 def read_range(url: str, begin: int, end: int) -> bytes:
     """The bytes from `begin` up to `end` of a file."""
-    return bytes(_reading(url, lambda: filesystem(url).cat_file(path_of(url), start=begin, end=end)))
+    return bytes(reading(url, lambda: filesystem(url).cat_file(path_of(url), start=begin, end=end)))
 
 
 def sha256(url: str) -> str | None:
@@ -262,13 +263,13 @@ def write_bytes(url: str, data: bytes) -> None:
 def remove_file(url: str) -> None:
     """Remove a file, if there is one."""
     with contextlib.suppress(FileNotFoundError):
-        _reading(url, lambda: filesystem(url).rm_file(path_of(url)))
+        reading(url, lambda: filesystem(url).rm_file(path_of(url)))
 
 
 def remove_folder(url: str) -> None:
     """Remove a folder and what is in it, if there is one."""
     with contextlib.suppress(FileNotFoundError):
-        _reading(url, lambda: filesystem(url).rm(path_of(url), recursive=True))
+        reading(url, lambda: filesystem(url).rm(path_of(url), recursive=True))
 
 
 def put_file(path: str, url: str) -> None:
@@ -283,29 +284,31 @@ def put_file(path: str, url: str) -> None:
 
 def version(url: str) -> str:
     """Changes when the file does (its size, time or etag), without reading it."""
-    info = _reading(url, lambda: filesystem(url).info(path_of(url)))
+    info = reading(url, lambda: filesystem(url).info(path_of(url)))
     return str((info["size"], info.get("mtime"), info.get("ETag")))
 
 
 def read_json(url: str) -> Any:
+    """A JSON file's value."""
     return json.loads(read_bytes(url))
 
 
 def write_json(url: str, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
     write_bytes(url, (json.dumps(value, indent=1, sort_keys=True, default=str) + "\n").encode())
 
 
 @contextlib.contextmanager
 def open_input(url: str) -> Iterator[IO[bytes]]:
     """A seekable, readable file object of the URL."""
-    file = _reading(url, lambda: filesystem(url).open(path_of(url), "rb"))
+    file = reading(url, lambda: filesystem(url).open(path_of(url), "rb"))
     with file:
         yield file
 
 
 def fetch(url: str, path: str) -> None:
     """Copy a file to a local path."""
-    _reading(url, lambda: filesystem(url).get_file(path_of(url), path))
+    reading(url, lambda: filesystem(url).get_file(path_of(url), path))
 
 
 @contextlib.contextmanager
@@ -330,74 +333,5 @@ def local_folder(url: str, folder: str) -> Iterator[str]:
         yield path_of(url)
         return
     target = os.path.join(folder, uuid.uuid4().hex)
-    _reading(url, lambda: filesystem(url).get(path_of(url) + "/", target + "/", recursive=True))
+    reading(url, lambda: filesystem(url).get(path_of(url) + "/", target + "/", recursive=True))
     yield target
-
-
-def write_table(url: str, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
-    """Write one Parquet file whose row groups are the given tables, as one complete object."""
-    with (
-        whole_file(url) as path,
-        pq.ParquetWriter(path, schema, compression="zstd", compression_level=1) as writer,
-    ):
-        for table in tables:
-            writer.write_table(table, row_group_size=max(1, table.num_rows))
-
-
-def read_table(url: str, columns: list[str] | None = None, row_group: int | None = None) -> pa.Table:
-    """One Parquet file as a table, or one of its row groups."""
-
-    def read() -> pa.Table:
-        with open_input(url) as file:
-            parquet = pq.ParquetFile(file)
-            if row_group is None:
-                return parquet.read(columns=columns)
-            return parquet.read_row_group(row_group, columns=columns)
-
-    return _reading(url, read)
-
-
-def read_metadata(url: str) -> pq.FileMetaData:
-    """A Parquet file's footer: rows of each row group, the schema's metadata."""
-
-    def read() -> pq.FileMetaData:
-        with open_input(url) as file:
-            return pq.read_metadata(file)
-
-    return _reading(url, read)
-
-
-def read_schema(url: str) -> pa.Schema:
-    return read_metadata(url).schema.to_arrow_schema()
-
-
-def parquet_files(url: str) -> list[str]:
-    """The data files of a table's folder (names that start with '_' or '.' are not data), sorted."""
-    url = url if "://" in url else f"file://{url}"
-    files = []
-    for file, _, _ in walk(url):
-        inner = file.removeprefix(url).lstrip("/")
-        if file.endswith(".parquet") and not any(part[0] in "_." for part in inner.split("/")):
-            files.append(file)
-    return sorted(files)
-
-
-def read_folder(url: str, columns: list[str] | None = None) -> pa.Table | None:
-    """All files of a table's folder as one table; None if there is none."""
-    with ThreadPoolExecutor(16) as pool:
-        tables = list(pool.map(lambda file: read_table(file, columns), parquet_files(url)))
-    if not tables:
-        return None
-    return pa.concat_tables([table.replace_schema_metadata() for table in tables])
-
-
-def count_rows(url: str) -> int:
-    """Rows of a table's folder, from the files' footers."""
-    with ThreadPoolExecutor(16) as pool:
-        return sum(pool.map(lambda file: read_metadata(file).num_rows, parquet_files(url)))
-
-
-def iterate_folder(url: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """The files of a table's folder one after the other: memory does not grow with the table."""
-    for file in parquet_files(url):
-        yield read_table(file, columns)

@@ -108,7 +108,7 @@ def read_file(config: ConvertConfig, kind: ReleasedKind, path: str) -> Loaded:
         with torch.device("meta"):
             checkpoints.check_fits(CausalVideoAutoencoder(shape), state, path)
         return Loaded(weights_folder.VAE, shape, state, None, facts)
-    backbone = checkpoints.load_backbone(path, backbones.RELEASED[kind].config)
+    backbone = checkpoints.load_nadit(path, backbones.RELEASED[kind].config)
     prompts = None
     if config.positive and config.negative:
         positive, negative = (backbones.read_prompt(url).text for url in (config.positive, config.negative))

@@ -77,6 +77,7 @@ def shape_of(config: train_dit.TrainDitConfig) -> Config:
 
 
 def parameter_count(model: Config) -> int:
+    """Parameters of a network of this shape; no memory is taken for them."""
     with torch.device("meta"):
         network = SwinMMDiT(model) if isinstance(model, SwinMMDiTConfig) else NaDiT(model)
     return sum(parameter.numel() for parameter in network.parameters())

@@ -145,7 +145,7 @@ class VideoWriter:
     other at `fps`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a file states about its pixels
         self,
         path: str,
         fps: Fraction | int,

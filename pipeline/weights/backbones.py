@@ -153,7 +153,7 @@ def load_transformer(
         return model.to(device, dtype), prompts
     with tempfile.TemporaryDirectory() as folder, storage.local_copy(config.weights, folder) as path:
         shape = RELEASED[config.kind].config
-        return checkpoints.load_backbone(path, shape, dtype, device).requires_grad_(False), None
+        return checkpoints.load_nadit(path, shape, dtype, device).requires_grad_(False), None
 
 
 def load_with_prompts(

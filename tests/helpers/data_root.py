@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.data.filter import SELECTION_FILE
-from pipeline.store import hashing, schema, storage
+from pipeline.store import hashing, parquet, schema, storage
 from pipeline.video import decoding
 from tests.helpers.clips import MEDIA
 
@@ -42,13 +42,13 @@ def make_data_root(root: Path, train: list[str], held_out: list[str], frames: in
         (schema.SELECTION, SELECTION_FILE, schema.SELECTION_SCHEMA, selection),
     ):
         data = pa.Table.from_pylist(rows, schema=table_schema)
-        storage.write_table(storage.join(url, table, file), [data], table_schema)
+        parquet.write_table(storage.join(url, table, file), [data], table_schema)
     return url
 
 
 def rows_by_id(data: str, name: str, expected: pa.Schema, key: str = "clip_id") -> dict[str, dict]:
     """A table's rows; fails if it is not there, has another schema, or a row stands twice."""
-    table = storage.read_folder(storage.join(data, name))
+    table = parquet.read_folder(storage.join(data, name))
     assert table is not None and table.schema.equals(expected), name
     rows = {row[key]: row for row in table.to_pylist()}
     assert len(rows) == table.num_rows, f"{name}: a row stands twice"

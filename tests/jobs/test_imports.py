@@ -43,7 +43,7 @@ FORBIDDEN = {
     "jobs.window_study": WORKERS_ONLY,
     # Of the processes that Ray starts, and of the decoding ones.
     "pipeline.training.state.control": WITHOUT_TORCH,
-    "pipeline.training.runs.controller": (*WORKERS_ONLY, "torch"),
+    "pipeline.training.runs.ray_train_controller": (*WORKERS_ONLY, "torch"),
     "pipeline.data.sample_pixels": WITHOUT_TORCH,
     "pipeline.video.decoding": (*WITHOUT_TORCH, "ray"),
     "pipeline.data.shots": (*WITHOUT_TORCH, "ray"),

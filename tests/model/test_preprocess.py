@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import checkpoints, preprocess
+from model import checkpoints, colour_fix, preprocess
 from model.checkpoints.parity import cases
 
 CASE = Path(__file__).parents[1] / "data/parity/preproc_a.safetensors"
@@ -43,7 +43,7 @@ def test_wavelet_fix_removes_a_colour_cast_and_keeps_detail():
     style = torch.rand(1, 3, 64, 64) * 0.2
     detail = torch.randn(1, 3, 64, 64) * 0.05
     cast = torch.tensor([0.3, -0.2, 0.1]).reshape(1, 3, 1, 1)
-    fixed = preprocess.wavelet_colour_fix(style + detail + cast, style)
+    fixed = colour_fix.wavelet_colour_fix(style + detail + cast, style)
     assert (fixed.mean((-2, -1)) - style.mean((-2, -1))).abs().max() < 0.01
     kept = torch.corrcoef(torch.stack([(fixed - style).flatten(), detail.flatten()]))[0, 1]
     assert kept > 0.95
@@ -52,8 +52,8 @@ def test_wavelet_fix_removes_a_colour_cast_and_keeps_detail():
 def test_adain_fix_takes_mean_and_deviation_per_frame_and_channel():
     torch.manual_seed(0)
     content, style = torch.rand(2, 3, 16, 16) * 0.5 + 0.4, torch.rand(2, 3, 16, 16) * 2 - 1
-    fixed = preprocess.adain_colour_fix(content, style)
+    fixed = colour_fix.adain_colour_fix(content, style)
     assert torch.allclose(fixed.mean((-2, -1)), style.mean((-2, -1)), atol=1e-5)
     assert torch.allclose(fixed.std((-2, -1)), style.std((-2, -1)), atol=1e-5)
-    flat = preprocess.adain_colour_fix(torch.full((1, 3, 8, 8), 0.5), style[:1, :, :8, :8])
+    flat = colour_fix.adain_colour_fix(torch.full((1, 3, 8, 8), 0.5), style[:1, :, :8, :8])
     assert flat.isfinite().all()

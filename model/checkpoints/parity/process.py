@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from model import flow, preprocess
+from model import colour_fix, flow, preprocess
 from model.checkpoints.parity.comparison import Case, Comparison, compare, exact, relative
 from model.dit.windows import released_windows
 
@@ -83,5 +83,5 @@ def check_preprocess(case: Case) -> Iterator[Comparison]:
     for split, frames, padded in case.header["frame_pad"]:
         ours_count = preprocess.padded_frame_count(frames, preprocess.FRAME_MULTIPLE * split)
         yield exact(f"{frames} frames over {split}", ours_count, padded)
-    fixed = preprocess.wavelet_colour_fix(case.tensors["wavelet.content"], case.tensors["wavelet.style"])
+    fixed = colour_fix.wavelet_colour_fix(case.tensors["wavelet.content"], case.tensors["wavelet.style"])
     yield compare("wavelet colour fix", fixed, case.tensors["wavelet.out"])

@@ -38,11 +38,13 @@ SCORES = {
 
 
 def sharpness(grey: np.ndarray) -> float:
+    """Variance of the Laplacian of a uint8 (H, W) picture."""
     edges = cv2.Laplacian(grey, cv2.CV_16S)  # whole numbers, so that sums are exact and fast
     return cv2.norm(edges, cv2.NORM_L2SQR) / edges.size - (cv2.sumElems(edges)[0] / edges.size) ** 2
 
 
 def clipped_share(grey: np.ndarray) -> float:
+    """Share of the pixels of a uint8 (H, W) picture that are almost black or almost white."""
     return 1 - cv2.countNonZero(cv2.inRange(grey, _DARK, _BRIGHT)) / grey.size
 
 

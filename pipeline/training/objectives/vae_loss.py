@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.perceptual.lpips import Lpips, video_lpips
-from model.vae import losses
+from model.vae import loss_terms
 from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
 from model.vae.discriminator import DiscriminatorConfig
 from pipeline.training.state import ranks
@@ -90,8 +90,8 @@ def reconstruction_terms(
     """Means over the crops of one length. The KL is a sum over a crop's latent, divided by its pixels."""
     mean, log_variance = output["mean"].float(), output["log_variance"].float()
     terms = {
-        "l1": losses.l1(output["video"], video),
-        "kl": losses.kl_divergence(mean, log_variance).sum() / video.numel(),
+        "l1": loss_terms.l1(output["video"], video),
+        "kl": loss_terms.kl_divergence(mean, log_variance).sum() / video.numel(),
         "latent_variance": (mean.square() + log_variance.exp()).mean().detach(),  # about zero
     }
     if perceptual is not None:
@@ -165,9 +165,9 @@ class Objective:
         if self.adversarial is not None and self.adversarial.counts(number):
             terms["generator"] = self._generator_loss(groups, outputs)
             layer = self.autoencoder.module.vae.decoder.last_layer
-            norms = losses.gradient_norms(reconstruction, terms["generator"], layer)
+            norms = loss_terms.gradient_norms(reconstruction, terms["generator"], layer)
             norms = ranks.all_reduced(norms) / ranks.world_size()
-            terms["adaptive_weight"] = self.adversarial.weight * losses.adaptive_weight(norms)
+            terms["adaptive_weight"] = self.adversarial.weight * loss_terms.adaptive_weight(norms)
             loss = loss + terms["adaptive_weight"] * terms["generator"]
         return self._finish(self.autoencoder, loss, terms)
 
@@ -176,7 +176,9 @@ class Objective:
     ) -> Tensor:
         assert self.discriminator is not None
         judge = self.discriminator.module.requires_grad_(False)
-        each = [{"generator": losses.generator_hinge(judge(output["video"]).float())} for output in outputs]
+        each = [
+            {"generator": loss_terms.generator_hinge(judge(output["video"]).float())} for output in outputs
+        ]
         judge.requires_grad_(True)  # the graph just built keeps it frozen
         return over_groups(groups, each)["generator"]
 
@@ -188,8 +190,8 @@ class Objective:
             real_logits, fake_logits = self.discriminator.module(both).float().chunk(2)
             each.append(
                 {
-                    "discriminator": losses.discriminator_hinge(real_logits, fake_logits),
-                    "generator": losses.generator_hinge(fake_logits).detach(),
+                    "discriminator": loss_terms.discriminator_hinge(real_logits, fake_logits),
+                    "generator": loss_terms.generator_hinge(fake_logits).detach(),
                 }
             )
         terms = over_groups(groups, each)

@@ -1,7 +1,6 @@
 """Train the diffusion transformer on precomputed latents, in the paper's progressive stages (section 3.3).
 
-latents/ + text/ -> checkpoints/dit/ (to resume) and weights/dit/ (the moving average, which restore loads). A
-run that is started again with the same output resumes from its newest checkpoint.
+latents/ + text/ -> checkpoints/dit/ (to resume) and weights/dit/ (the moving average, which restore loads).
 """
 
 import dataclasses
@@ -262,6 +261,7 @@ def build(config: TrainDitConfig) -> loop.Training:
 
 
 def make_reader(config: TrainDitConfig, device: torch.device) -> latent_reader.Reader:
+    """Where samples come from: latents/, or clips encoded while training."""
     if config.online is None:
         return latent_reader.LatentReader(config.data)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -22,7 +22,7 @@ from torch import nn
 
 from pipeline.runtime import stage
 from pipeline.store import storage
-from pipeline.training.runs import controller
+from pipeline.training.runs import ray_train_controller
 from pipeline.training.state import control, deepspeed_adapter
 from pipeline.training.state.checkpoint import CHECKPOINTS
 
@@ -108,12 +108,12 @@ def start_trainer(
     actor = ray.remote(num_cpus=0, scheduling_strategy=here)(control.ControlActor).remote()
     each = {"CPU": scale.cpus_per_worker, **({"GPU": 1} if scale.use_gpu else {})}
     needs = f"{scale.workers[0]} worker(s) of {each}"
-    callback = controller.TrainingCallback(actor, needs, scale.wait_for_workers_s)
-    trainer = controller.Trainer(
+    callback = ray_train_controller.TrainingCallback(actor, needs, scale.wait_for_workers_s)
+    trainer = ray_train_controller.Trainer(
         lambda: on_rank(
             actor
         ),  # not by `train_loop_config`: the controller would import what configs are made of
-        backend_config=controller.ProcessGroupConfig(scale.backend),
+        backend_config=ray_train_controller.ProcessGroupConfig(scale.backend),
         scaling_config=ScalingConfig(
             num_workers=scale.num_workers,
             use_gpu=scale.use_gpu,
@@ -126,7 +126,7 @@ def start_trainer(
         with control.sigterm_saves(actor):
             result: Any = trainer.fit()
     except ControllerError as error:
-        if isinstance(error.controller_failure, controller.WaitedTooLongError):
+        if isinstance(error.controller_failure, ray_train_controller.WaitedTooLongError):
             raise ValueError(str(error.controller_failure)) from None
         raise
     outcome = result.return_value
@@ -201,6 +201,7 @@ def make_engine(
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
+    """Set the rate of all parameters of an engine."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
 

@@ -132,7 +132,7 @@ class Step:
     """of the stream, after the step"""
 
 
-def rank_steps(
+def rank_steps(  # noqa: PLR0913 - where a rank stands among the others
     reader: Reader,
     stream: SampleStream,
     position: int,

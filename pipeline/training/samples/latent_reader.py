@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model import text_encoders
 from pipeline.data import text_embeddings
-from pipeline.store import bf16_columns, schema, storage
+from pipeline.store import bf16_columns, parquet, schema, storage
 from pipeline.store.id_index import Lookup, id_array
 
 _CACHE_BYTES = 2**30
@@ -86,7 +86,7 @@ class TextPlaces:
     """The place of each clip's row in text/, in some 30 bytes per clip."""
 
     def __init__(self, text_url: str) -> None:
-        self._files = storage.parquet_files(text_url)
+        self._files = parquet.parquet_files(text_url)
         with ThreadPoolExecutor(16) as pool:
             parts = list(pool.map(_ids_and_groups, self._files))
         self._lookup = Lookup(np.concatenate([ids for ids, _ in parts]))
@@ -104,16 +104,16 @@ class TextPlaces:
 
 def _ids_and_groups(file_url: str) -> tuple[np.ndarray, np.ndarray]:
     """The clip ids of a text file, (rows,), and of each its row group and its row there, (rows, 2)."""
-    footer = storage.read_metadata(file_url)
+    footer = parquet.read_metadata(file_url)
     sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
-    ids = id_array(storage.read_table(file_url, ["clip_id"])["clip_id"].to_pylist())
+    ids = id_array(parquet.read_table(file_url, ["clip_id"])["clip_id"].to_pylist())
     rows = np.concatenate([np.arange(size) for size in sizes])
     return ids, np.column_stack([np.repeat(np.arange(len(sizes)), sizes), rows])
 
 
 def read_index(data_url: str) -> pa.Table:
     """Every sample of `latents/_index/`, as `sample_table` gives them; ValueError if there is none."""
-    table = storage.read_folder(storage.join(data_url, schema.LATENTS, schema.INDEX))
+    table = parquet.read_folder(storage.join(data_url, schema.LATENTS, schema.INDEX))
     if table is None or not table.num_rows:
         raise ValueError(f"data: {data_url} has no latents; run precompute first")
     return sample_table(table)

@@ -140,6 +140,7 @@ def pack_step(stream: SampleStream, position: int, packs_per_step: int, tokens_p
 
 
 def check_budget(rows: pa.Table, tokens_per_pack: int, stage_name: str) -> None:
+    """ValueError if a sample is too large for a pack."""
     tokens = _numbers(rows, "video_tokens")
     largest = int(tokens.argmax())
     if tokens[largest] > tokens_per_pack:

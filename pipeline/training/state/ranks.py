@@ -7,10 +7,12 @@ from torch import Tensor
 
 
 def rank() -> int:
+    """Number of this rank, from 0."""
     return dist.get_rank()
 
 
 def world_size() -> int:
+    """Number of ranks."""
     return dist.get_world_size()
 
 

@@ -121,20 +121,20 @@ def test_loads_from_either_format_and_casts(suffix, tmp_path):
     model, path = NaDiT(tiny("3b")), tmp_path / f"model.{suffix}"
     half = {name: tensor.half() for name, tensor in model.state_dict().items()}
     save_file(half, path) if suffix == "safetensors" else torch.save(half, path)
-    kept = checkpoints.load_backbone(path, model.config)
+    kept = checkpoints.load_nadit(path, model.config)
     assert all(torch.equal(tensor, half[name]) for name, tensor in kept.state_dict().items())
-    cast = checkpoints.load_backbone(path, model.config, torch.float32)
+    cast = checkpoints.load_nadit(path, model.config, torch.float32)
     assert all(torch.equal(tensor, half[name].float()) for name, tensor in cast.state_dict().items())
     with pytest.raises(ValueError, match="3B or 7B"):
-        checkpoints.load_backbone(path)
+        checkpoints.load_nadit(path)
     with pytest.raises(ValueError, match="unexpected"):
-        checkpoints.load_backbone(path, tiny("3b", num_layers=2))
+        checkpoints.load_nadit(path, tiny("3b", num_layers=2))
 
 
 def test_saved_file_states_its_configuration(tmp_path):
     model = NaDiT(tiny("7b"))
     checkpoints.save_backbone(tmp_path / "m.safetensors", model, {"step": 5})
-    loaded = checkpoints.load_backbone(tmp_path / "m.safetensors")
+    loaded = checkpoints.load_nadit(tmp_path / "m.safetensors")
     assert loaded.config == model.config
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
 
@@ -208,6 +208,6 @@ def test_a_shape_that_names_its_structure_as_version_0_1_did_is_read(kind, tmp_p
     stored["kind"] = kind
     model = NaDiT(config)
     checkpoints.write_tensors(tmp_path / "old.safetensors", model.state_dict(), {"backbone": stored})
-    assert checkpoints.load_backbone(tmp_path / "old.safetensors").config == config
+    assert checkpoints.load_nadit(tmp_path / "old.safetensors").config == config
     description = {"kind": weights_folder.NADIT, "config": json.loads(json.dumps(stored))}
     assert weights_folder.shape_from_json(description) == config

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model.vae import losses
+from model.vae import loss_terms
 from model.vae.discriminator import PAPER_CONFIG, DiscriminatorConfig, VideoDiscriminator
 
 SMALL = DiscriminatorConfig(width=8, layers=3, norm_groups=4)
@@ -34,7 +34,7 @@ def test_learns_to_tell_sharp_from_blurred():
     for _ in range(25):
         real = torch.randn(2, 3, 2, 16, 16)
         fake = torch.nn.functional.avg_pool3d(real, (1, 3, 3), stride=1, padding=(0, 1, 1))
-        loss = losses.discriminator_hinge(discriminator(real), discriminator(fake))
+        loss = loss_terms.discriminator_hinge(discriminator(real), discriminator(fake))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -6,12 +6,12 @@ import pytest
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from pipeline.data import duplicates, filter_report
 from pipeline.data import filter as filter_stage
-from pipeline.data import filter_report
 from pipeline.data import selection as select
 from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.data.scorers import technical
-from pipeline.store import hashing, schema, storage
+from pipeline.store import hashing, parquet, schema, storage
 from pipeline.video import sandbox
 from tests.helpers.clips import MEDIA, encode, moving_picture
 from tests.helpers.data_root import make_data_root, rows_by_id
@@ -77,13 +77,13 @@ def data(tmp_path_factory, local_ray) -> str:
     (root / "missing").mkdir()
     url = make_data_root(root, ["cup.mp4", "city.mp4", "fig.jpg", "trailer_bbb.mp4"], ["box.mp4"])
     file = storage.join(url, schema.CLIPS, "part-0.parquet")
-    clips = storage.read_table(file).to_pylist()
+    clips = parquet.read_table(file).to_pylist()
     broken = dict(clips[1], clip_id="broken", uri=f"file://{root}/gone.mp4")
     twin = dict(clips[0], clip_id="zz_twin", source_id="elsewhere")
     unread = schema.empty_row(schema.CLIPS_SCHEMA, clip_id="unread", source_id="x", uri="x", error="no video")
     rows = [{**row, "phash": f"{hashing.stable_hash(row['uri']):016x}"} for row in [*clips, broken, twin]]
     table = pa.Table.from_pylist([*rows, unread], schema=schema.CLIPS_SCHEMA)
-    storage.write_table(file, [table], schema.CLIPS_SCHEMA)
+    parquet.write_table(file, [table], schema.CLIPS_SCHEMA)
     return url
 
 
@@ -141,7 +141,7 @@ def test_duplicates_are_found_at_the_stated_distance_only():
     hashes = np.array(values, np.uint64)
 
     def groups(distance: int) -> list[list[int]]:
-        labels = select.duplicate_labels(hashes, distance)
+        labels = duplicates.duplicate_labels(hashes, distance)
         return [g.tolist() for g in (np.flatnonzero(labels == n) for n in np.unique(labels)) if len(g) > 1]
 
     assert groups(3) == [[0, 1, 4]] and groups(0) == [[0, 4]]
@@ -155,7 +155,7 @@ def test_banded_search_finds_what_comparing_all_pairs_finds():
         hashes = np.append(hashes, draw.choice(hashes) ^ flips)
     near = np.bitwise_count(hashes[:, None] ^ hashes[None]) <= 3
     _, expected = connected_components(coo_array(near), directed=False)
-    found = select.duplicate_labels(hashes, 3)
+    found = duplicates.duplicate_labels(hashes, 3)
     assert len({*zip(expected, found, strict=True)}) == len({*expected}) == len({*found})
 
 

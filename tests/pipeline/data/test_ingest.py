@@ -15,14 +15,14 @@ from PIL import Image
 from pipeline.data import ingest, shots
 from pipeline.data.filter import FilterConfig
 from pipeline.data.ingest import IngestConfig
-from pipeline.store import schema, storage
+from pipeline.store import parquet, schema, storage
 from pipeline.video import decoding, encoding
 from tests.helpers.clips import MEDIA, encode, moving_picture, odd_files
 from tests.helpers.processes import ROOT, output_of
 
 
 def rows_of(output: Path) -> list[dict]:
-    table = storage.read_folder(f"file://{output}/clips")
+    table = parquet.read_folder(f"file://{output}/clips")
     assert table is not None and table.schema.equals(schema.CLIPS_SCHEMA)
     return table.to_pylist()
 
@@ -163,7 +163,7 @@ def test_manifests_name_the_files_and_carry_the_captions(name, tmp_path):
     encode(tmp_path / "in/unnamed.mp4", "libx264", "yuv420p", {}, frames=moving_picture(2, 96, 128))
     manifest = tmp_path / name
     if name.endswith(".parquet"):
-        storage.write_table(
+        parquet.write_table(
             f"file://{manifest}",
             [pa.table({"path": ["000_050/1066.mp4"], "caption": ["A cup"], "score": [1.0]})],
             pa.schema([("path", pa.string()), ("caption", pa.string()), ("score", pa.float64())]),

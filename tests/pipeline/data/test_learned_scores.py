@@ -11,7 +11,7 @@ from pipeline.data import filter as filter_stage
 from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.data.scorers import learned, scorer_config
 from pipeline.data.scorers.scorer_config import ScorersConfig
-from pipeline.store import hashing, schema, storage
+from pipeline.store import hashing, parquet, schema, storage
 from pipeline.video import decoding
 from tests.helpers.clips import MEDIA
 from tests.helpers.data_root import make_data_root, rows_by_id
@@ -34,9 +34,9 @@ def rows(data: str) -> dict[str, dict[str, dict]]:
     """learned_scores/: scorer -> clip id -> row."""
     found: dict[str, dict[str, dict]] = {}
     root = storage.join(data, schema.LEARNED)
-    for file in storage.parquet_files(root):
+    for file in parquet.parquet_files(root):
         folder = file.removeprefix(root + "/").split("/")[0]
-        for row in storage.read_table(file).to_pylist():
+        for row in parquet.read_table(file).to_pylist():
             for maker in scorer_config.makers(folder):
                 assert row["clip_id"] not in found.setdefault(maker, {}), "twice"
                 found[maker][row["clip_id"]] = row
@@ -48,7 +48,7 @@ def selection(data: str) -> dict[str, dict]:
 
 
 def file_times(data: str) -> dict[str, int]:
-    files = storage.parquet_files(storage.join(data, schema.LEARNED))
+    files = parquet.parquet_files(storage.join(data, schema.LEARNED))
     return {file: Path(storage.path_of(file)).stat().st_mtime_ns for file in files}
 
 
@@ -137,9 +137,9 @@ def test_a_clip_that_cannot_be_read_any_more_is_an_error_row(tmp_path, local_ray
     networks = ScorersConfig(clip_iqa=clips["clip_iqa"], frames=2)
     filter_stage.run(FilterConfig(data=data, thresholds={}, niqe_frames=0))
     file = storage.join(data, schema.CLIPS, "part-0.parquet")
-    table = storage.read_table(file)
+    table = parquet.read_table(file)
     gone = table.set_column(1, "uri", [[f"file://{tmp_path}/gone.mp4"]])
-    storage.write_table(file, [gone.cast(schema.CLIPS_SCHEMA)], schema.CLIPS_SCHEMA)
+    parquet.write_table(file, [gone.cast(schema.CLIPS_SCHEMA)], schema.CLIPS_SCHEMA)
     filter_stage.run(FilterConfig(data=data, thresholds={}, scorers=networks, niqe_frames=0))
     (row,) = selection(data).values()
     assert not row["keep"] and row["reject_reason"].startswith("error: ")

@@ -12,7 +12,7 @@ from model.text_encoders import TINY_ENCODERS
 from pipeline.data import precompute, text_embeddings
 from pipeline.data.cropping import Bucket, Native
 from pipeline.runtime import prometheus
-from pipeline.store import bf16_columns, schema, storage
+from pipeline.store import bf16_columns, parquet, schema, storage
 from pipeline.training.samples import latent_reader
 from tests.helpers.data_root import make_data_root, rows_by_id
 from tests.helpers.tiny_models import save_vae
@@ -30,10 +30,10 @@ def data_root(folder: Path) -> str:
     url = make_data_root(folder, ["cup.mp4", "city.mp4", "fig.jpg"], ["box.mp4", "cat.jpg"])
     broken = folder / "broken.mp4"
     broken.write_bytes((ROOT / "demo/media/pan_dogs.mp4").read_bytes()[:9000])
-    clips = storage.read_table(storage.join(url, schema.CLIPS, "part-0.parquet"))
+    clips = parquet.read_table(storage.join(url, schema.CLIPS, "part-0.parquet"))
     uris = ["file://" + str(broken) if "city" in uri else uri for uri in clips.column("uri").to_pylist()]
     clips = clips.set_column(clips.schema.get_field_index("uri"), "uri", [uris])
-    storage.write_table(storage.join(url, schema.CLIPS, "part-0.parquet"), [clips], schema.CLIPS_SCHEMA)
+    parquet.write_table(storage.join(url, schema.CLIPS, "part-0.parquet"), [clips], schema.CLIPS_SCHEMA)
     return url
 
 
@@ -83,7 +83,7 @@ def test_the_index_tells_where_each_good_sample_stands(made):
 
 def test_text_is_kept_apart_and_the_null_stands_in_the_metadata(made):
     reader = latent_reader.LatentReader(made)
-    clips = storage.read_folder(storage.join(made, schema.TEXT), ["clip_id"])
+    clips = parquet.read_folder(storage.join(made, schema.TEXT), ["clip_id"])
     assert clips is not None and clips.num_rows == 5
     texts = text_embeddings.read_texts(made)
     assert isinstance(texts, text_embeddings.ClipTexts)

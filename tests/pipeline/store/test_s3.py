@@ -20,7 +20,7 @@ from pipeline.data import filter as filter_stage
 from pipeline.data.cropping import Bucket
 from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.runtime import work_plan
-from pipeline.store import schema, source_cache, storage
+from pipeline.store import parquet, schema, source_cache, storage
 from pipeline.video import decoding
 from tests import settings
 from tests.helpers import object_store
@@ -111,7 +111,7 @@ def test_refused_credentials_end_the_job_too():
         raise PermissionError("The AWS Access Key Id you provided does not exist in our records.")
 
     with pytest.raises(storage.StorageError, match="credentials"):
-        storage._reading("s3://x/y", refuse)
+        storage.reading("s3://x/y", refuse)
 
 
 def test_ingest_and_filter_on_s3_in_this_process(store):
@@ -120,7 +120,7 @@ def test_ingest_and_filter_on_s3_in_this_process(store):
         config = ingest.IngestConfig(input=root, output=f"s3://{BUCKET}/data", max_clip_frames=49)
         clips_url = storage.join(config.output, schema.CLIPS)
         run_pending(clips_url, config, ingest.list_sources(config), "source_id", ingest.ingest_shard)
-        rows = storage.read_folder(clips_url).to_pylist()
+        rows = parquet.read_folder(clips_url).to_pylist()
         by_name = {row["uri"].rsplit("/", 1)[1]: row for row in rows}
         assert set(by_name) == {*FILES, "broken.mp4"}
         assert by_name["cup.mp4"]["caption"] == "a cup of coffee" and by_name["cup.mp4"]["source_etag"]
@@ -134,7 +134,7 @@ def test_ingest_and_filter_on_s3_in_this_process(store):
         summary = filter_stage.stage.Summary("filter")
         filter_stage.rebuild_selection(scoring, [], summary)
         assert summary.rows_in == len(rows) and summary.rows_kept == len(rows) - 1
-        selected = storage.read_folder(storage.join(config.output, schema.SELECTION)).to_pylist()
+        selected = parquet.read_folder(storage.join(config.output, schema.SELECTION)).to_pylist()
         assert {row["clip_id"] for row in selected} == {row["clip_id"] for row in rows}
 
 

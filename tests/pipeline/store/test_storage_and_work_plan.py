@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.runtime import work_plan
-from pipeline.store import bf16_columns, hashing, schema, storage
+from pipeline.store import bf16_columns, hashing, parquet, schema, storage
 
 TABLE = pa.schema([("row_id", pa.string()), ("data", pa.large_binary())])
 
@@ -26,7 +26,7 @@ def make(folder: str, pending: list[work_plan.Shard], fingerprint: str = "f") ->
 
 
 def ids(folder: str) -> list[str]:
-    table = storage.read_folder(folder, ["row_id"])
+    table = parquet.read_folder(folder, ["row_id"])
     return [] if table is None else table.column("row_id").to_pylist()
 
 
@@ -38,7 +38,7 @@ def test_what_was_made_is_never_made_again_and_additions_only_add(tmp_path):
     assert [shard.name for shard in again] == [shard.name for shard in pending[3:]]
     make(folder, again)
     assert sorted(ids(folder)) == [row["row_id"] for row in rows(50)]
-    before = {url: os.stat(storage.path_of(url)).st_mtime_ns for url in storage.parquet_files(folder)}
+    before = {url: os.stat(storage.path_of(url)).st_mtime_ns for url in parquet.parquet_files(folder)}
     more = plan(folder, rows(60))
     planned = [row for shard in more for row in work_plan.read_shard(folder, shard)]
     assert sorted(planned, key=lambda row: row["row_id"]) == rows(10, 50)

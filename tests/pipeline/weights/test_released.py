@@ -20,7 +20,7 @@ from pipeline.restoration import restore
 from pipeline.restoration.chunking import Chunk
 from pipeline.restoration.restore import RestoreConfig, Restorer, Sampling
 from pipeline.runtime.job_config import parse
-from pipeline.store import schema, storage
+from pipeline.store import parquet, schema, storage
 from pipeline.training import convert
 from pipeline.training.runs import train_dit, trainer
 from pipeline.training.samples import latent_reader
@@ -199,14 +199,14 @@ def data(tmp_path_factory, model_of, local_ray) -> str:
 
 
 def test_the_fixed_prompt_is_by_reference_and_negative_when_dropped(data, model_of):
-    (file, *_) = storage.parquet_files(f"{data}/{schema.TEXT}")
-    metadata = storage.read_schema(file).metadata
+    (file, *_) = parquet.parquet_files(f"{data}/{schema.TEXT}")
+    metadata = parquet.read_schema(file).metadata
     assert metadata[b"text"] == b"fixed"
     named = json.loads(metadata[b"openseedvr.fixed_text"])
     assert (
         named["negative"]["url"] == model_of("seedvr-3b").negative and len(named["positive"]["sha256"]) == 64
     )
-    for row in storage.read_table(file).to_pylist():
+    for row in parquet.read_table(file).to_pylist():
         assert row["clip_id"] and all(value is None for name, value in row.items() if name != "clip_id")
     reader = latent_reader.LatentReader(data)
     index = latent_reader.read_index(data).to_pylist()
@@ -247,7 +247,7 @@ def test_the_shipped_configs_need_only_the_files_named():
             *("--fixed_text.positive", "/pos_emb.pt", "--fixed_text.negative", "/neg_emb.pt"),
         ],
     )
-    assert made.text is None and made.fixed_text.negative == "/neg_emb.pt"
+    assert made.text is None and made.fixed_text.negative == "file:///neg_emb.pt"
     trained = parse(
         train_dit.TrainDitConfig,
         "train_dit",
@@ -305,7 +305,7 @@ def test_two_steps_change_the_weights_and_convert_back_bit_equal(kind, data, mod
         for ending in ("pth", "safetensors"):
             output = f"file://{tmp_path}/{which}.{ending}"
             convert.run(convert.ConvertConfig(f"file://{checkpoint}", output, which=which))
-        pth = checkpoints.load_backbone(tmp_path / f"{which}.pth", before.config)
+        pth = checkpoints.load_nadit(tmp_path / f"{which}.pth", before.config)
         safe, _ = backbones.load_transformer(
             backbones.BackboneConfig(f"file://{tmp_path}/{which}.safetensors", kind), torch.float32
         )

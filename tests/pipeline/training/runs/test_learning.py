@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import flow, text
+from model import flow
 from model.dit.swin_mmdit import TINY, SwinMMDiT
+from model.text_encoders import TINY_ENCODERS, TextEncoders, join
 from model.vae.autoencoder import CausalVideoAutoencoder
 from pipeline.video import decoding
 from tests.helpers.clips import MEDIA
@@ -81,8 +82,8 @@ class Learner:
     def __init__(self, hq: Tensor, lq: Tensor, shapes: list, captions: list[str]) -> None:
         torch.manual_seed(0)
         self.hq, self.lq, self.shapes = hq, lq, shapes
-        null, *embeddings = text.TextEncoders(text.TINY_ENCODERS, "cpu").encode(["", *captions])
-        joined = [text.join(embedding, null, False, False, False) for embedding in embeddings]
+        null, *embeddings = TextEncoders(TINY_ENCODERS, "cpu").encode(["", *captions])
+        joined = [join(embedding, null, False, False, False) for embedding in embeddings]
         self.texts, self.pooled = [tokens for tokens, _ in joined], torch.stack([p for _, p in joined])
         self.model = SwinMMDiT(TINY)
 

@@ -35,13 +35,19 @@ class Trainer(DataParallelTrainer):
     """Ray's, without the actor that would deal out Ray datasets: the ranks read their samples themselves."""
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+        return [
+            callback
+            for callback in super()._create_default_callbacks()
+            if not isinstance(callback, DatasetsCallback)
+        ]
 
 
 @dataclasses.dataclass
 class ProcessGroupConfig(BackendConfig):
-    """torch.distributed among the ranks. Ray's TorchConfig does the same, and imports torch wherever it goes:
-    into the driver and the controller, two seconds each.
+    """torch.distributed among the ranks.
+
+    Ray's TorchConfig does the same, and imports torch wherever it goes: into the driver and the controller,
+    two seconds each.
     """
 
     backend: Literal["gloo", "nccl"]
