@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from benchmarks import training_packing, training_readers
 from benchmarks.attention import share_of_product_rate
 from benchmarks.data import demo_clips, timed
-from model import flops, flow, text
+from model import flops, flow, text_encoders
 from model.dit.swin_mmdit import SD3_MEDIUM, TINY, SwinMMDiT, SwinMMDiTConfig
 from model.text_encoders import TINY_ENCODERS, TextEncoders
 from pipeline.data import cropping, precompute
@@ -112,15 +112,15 @@ class Sources:
     def encoded(self, number: int, pixels: dict[str, Any]) -> dict[str, Any]:
         return precompute.encode_pair(self.vae, pixels["hq"], pixels["lq"], self.planned[number]["seed"])
 
-    def batch(self, columns: dict[str, Any], embedding: text.TextEmbedding) -> Batch:
+    def batch(self, columns: dict[str, Any], embedding: text_encoders.TextEmbedding) -> Batch:
         hq, lq = (bf16_columns.from_columns(columns, f"{which}_latent") for which in ("hq", "lq"))
         return self.batch_of(hq, lq, embedding)
 
-    def batch_of(self, hq: Tensor, lq: Tensor, embedding: text.TextEmbedding) -> Batch:
+    def batch_of(self, hq: Tensor, lq: Tensor, embedding: text_encoders.TextEmbedding) -> Batch:
         """A training sample of its own, as `training_sample` makes it."""
         shape = (hq.shape[0], hq.shape[1], hq.shape[2])
         draws = flow.draw_training(lq.flatten(0, 2), [shape], torch.Generator())
-        tokens, pooled = text.join(embedding, self.null, False, False, False)
+        tokens, pooled = text_encoders.join(embedding, self.null, False, False, False)
         return Batch(
             hq.flatten(0, 2),
             draws.noise,
@@ -143,42 +143,45 @@ class Sources:
         training_readers.write_tables(f"file://{folder}", 0, latents, texts, self.null, BUCKET)
 
 
-def online_of(sources: Sources, learner: Learner) -> dict[str, Any]:
-    """Seconds a step both ways, and what the parts add up to."""
+def parts_of(sources: Sources, learner: Learner, stored: str) -> dict[str, Callable[[int], Any]]:
+    """Each part of a step both ways, and the two steps whole, on a sample; stored: the URL of all."""
     samples = range(len(sources.planned))
     captions = [sample["clip"]["caption"] or "" for sample in sources.planned]
     pixels = [sources.pixels(number) for number in samples]
     columns = [sources.encoded(number, pixels[number]) for number in samples]
     embeddings = [sources.encoders.encode([caption])[0] for caption in captions]
     made = [sources.batch(c, e) for c, e in zip(columns, embeddings, strict=True)]
+    reader = latent_reader.LatentReader(stored)
+    index = sorted(latent_reader.read_index(stored).to_pylist(), key=lambda row: row["sample_id"])
 
+    def read(number: int) -> Batch:
+        latents = reader.latents(index[number], 0)
+        return sources.batch_of(*latents, reader.text(index[number]["clip_id"]))
+
+    def online(number: int) -> Batch:
+        embedding = sources.encoders.encode([captions[number]])[0]
+        return sources.batch(sources.encoded(number, sources.pixels(number)), embedding)
+
+    return {
+        "decode": sources.frames,
+        "decode and degrade": sources.pixels,
+        "encode HQ and LQ": lambda number: sources.encoded(number, pixels[number]),
+        "text": lambda number: sources.encoders.encode([captions[number]]),
+        "noise": lambda number: sources.batch(columns[number], embeddings[number]),
+        "read and noise": read,
+        "forward": lambda number: learner.forward(made[number]),
+        "step": lambda number: learner.step(made[number]),
+        "whole online": lambda number: learner.step(online(number)),
+        "whole precomputed": lambda number: learner.step(read(number)),
+    }
+
+
+def online_of(sources: Sources, learner: Learner) -> dict[str, Any]:
+    """Seconds a step both ways, and what the parts add up to."""
+    samples = range(len(sources.planned))
     with tempfile.TemporaryDirectory() as folder:
         sources.store(folder)
-        reader = latent_reader.LatentReader(f"file://{folder}")
-        index = sorted(
-            latent_reader.read_index(f"file://{folder}").to_pylist(), key=lambda row: row["sample_id"]
-        )
-
-        def read(number: int) -> Batch:
-            latents = reader.latents(index[number], 0)
-            return sources.batch_of(*latents, reader.text(index[number]["clip_id"]))
-
-        def online(number: int) -> Batch:
-            embedding = sources.encoders.encode([captions[number]])[0]
-            return sources.batch(sources.encoded(number, sources.pixels(number)), embedding)
-
-        parts: dict[str, Callable[[int], Any]] = {
-            "decode": sources.frames,
-            "decode and degrade": sources.pixels,
-            "encode HQ and LQ": lambda number: sources.encoded(number, pixels[number]),
-            "text": lambda number: sources.encoders.encode([captions[number]]),
-            "noise": lambda number: sources.batch(columns[number], embeddings[number]),
-            "read and noise": read,
-            "forward": lambda number: learner.forward(made[number]),
-            "step": lambda number: learner.step(made[number]),
-            "whole online": lambda number: learner.step(online(number)),
-            "whole precomputed": lambda number: learner.step(read(number)),
-        }
+        parts = parts_of(sources, learner, f"file://{folder}")
         for work in parts.values():  # warms up
             work(0)
         seconds = dict.fromkeys(parts, 0.0)

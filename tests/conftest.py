@@ -1,7 +1,6 @@
 from typing import Any
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
 
 from tests import settings
 
@@ -19,15 +18,16 @@ _CLUSTERS = (
 """Files whose tests start clusters, or kill at a moment that they chose: one after the other."""
 
 
-class ByFile(LoadScopeScheduling):
+@pytest.hookimpl(optionalhook=True)  # unknown without pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Of several processes, one runs all tests of a file, since they share its fixtures."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.split("::")[0]
-        return "clusters" if file in _CLUSTERS else file
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "clusters" if file in _CLUSTERS else file
 
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
     return ByFile(config, log)
 
 

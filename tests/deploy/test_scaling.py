@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -24,42 +25,12 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 
 from demo.local_ray import free_ports
 from tests import settings
-
-ROOT = Path(__file__).resolve().parents[2]
-
-_JOB = """
-import json, sys, time, ray
-from ray.util.placement_group import placement_group, remove_placement_group
-
-ray.init(log_to_driver=False)
-
-def workers():
-    return sorted(
-        "GPU" if node["Resources"].get("GPU") else "CPU"
-        for node in ray.nodes()
-        if node["Alive"] and node["Resources"].get("CPU")
-    )
-
-print(json.dumps(workers()), flush=True)
-for bundles in json.loads(sys.argv[1]):
-    group = placement_group(bundles)
-    assert group.wait(60), "no node came"
-    print(json.dumps(workers()), flush=True)
-    remove_placement_group(group)
-deadline = time.monotonic() + 90
-while workers() and time.monotonic() < deadline:
-    time.sleep(0.5)
-print(json.dumps(workers()), flush=True)
-"""
+from tests.helpers.processes import ROOT
 
 
-@contextlib.contextmanager
-def autoscaling_head(cluster: dict):
-    """A head of its own that starts and stops fake nodes; yields the environment that reaches it."""
-    port, dashboard = free_ports(2)
-    address = get_node_ip_address()  # where fake nodes say that they are, so the head must be there too
-    folder = Path(tempfile.mkdtemp(prefix="osv", dir="/tmp"))  # Ray's socket paths are limited to 107 bytes
-    config = {
+def with_fake_nodes(cluster: dict, gcs_address: str) -> dict:
+    """cluster.yaml for Ray's fake nodes: its own node types, two of each at most, idle for 3 s."""
+    return {
         **cluster,
         "max_workers": 4,
         "idle_timeout_minutes": 0.05,
@@ -69,7 +40,7 @@ def autoscaling_head(cluster: dict):
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
-            "gcs_address": f"{address}:{port}",
+            "gcs_address": gcs_address,
             "head_node_id": FAKE_HEAD_NODE_ID,
             "launch_multiple": True,
         },
@@ -91,14 +62,12 @@ def autoscaling_head(cluster: dict):
         "cluster_synced_files": [],
         "file_mounts": {},
     }
-    (folder / "cluster.yaml").write_text(json.dumps(config))
-    environment = {
-        **settings.without_ray(),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "MARK_OF_TEST": secrets.token_hex(8),
-    }
+
+
+def start_head(
+    folder: Path, address: str, port: int, dashboard: int, environment: dict[str, str]
+) -> subprocess.Popen:
+    """A head without cores, whose autoscaler follows the folder's cluster.yaml; it logs to head.log there."""
     head_environment = {
         **environment,
         "RAY_FAKE_CLUSTER": "1",
@@ -113,22 +82,43 @@ def autoscaling_head(cluster: dict):
         f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--object-store-memory=80000000",
         f"--autoscaling-config={folder / 'cluster.yaml'}",
     ]  # fmt: skip
-    log = (folder / "head.log").open("w")
-    head = subprocess.Popen(
-        command, env=head_environment, stdout=log, stderr=log, start_new_session=True, cwd=folder
-    )
+    with (folder / "head.log").open("w") as log:
+        return subprocess.Popen(
+            command, env=head_environment, stdout=log, stderr=log, start_new_session=True, cwd=folder
+        )
+
+
+def stop(head: subprocess.Popen, mark: str) -> None:
+    """The head and everything that carries this test's mark in its environment."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(head.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        head.wait(timeout=10)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get("MARK_OF_TEST") == mark:
+                process.kill()
+
+
+@contextlib.contextmanager
+def autoscaling_head(cluster: dict) -> Iterator[dict[str, str]]:
+    """A head of its own that starts and stops fake nodes; yields the environment that reaches it."""
+    port, dashboard = free_ports(2)
+    address = get_node_ip_address()  # where fake nodes say that they are, so the head must be there too
+    folder = Path(tempfile.mkdtemp(prefix="osv", dir="/tmp"))  # Ray's socket paths are limited to 107 bytes
+    (folder / "cluster.yaml").write_text(json.dumps(with_fake_nodes(cluster, f"{address}:{port}")))
+    environment = {
+        **settings.without_ray(),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "MARK_OF_TEST": secrets.token_hex(8),
+    }
+    head = start_head(folder, address, port, dashboard, environment)
     try:
         yield {**environment, "RAY_ADDRESS": f"{address}:{port}"}
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(head.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(timeout=10)
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get("MARK_OF_TEST") == environment["MARK_OF_TEST"]:
-                    process.kill()
-        log.close()
+        stop(head, environment["MARK_OF_TEST"])
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -141,9 +131,11 @@ def test_nodes_come_for_what_stages_ask_and_go_when_idle():
     asked = [[{"CPU": 64}], [worker] * 9]
     with autoscaling_head(cluster) as environment:
         deadline = time.monotonic() + 120
-        command = [sys.executable, "-c", _JOB, json.dumps(asked)]
+        command = [sys.executable, "-m", "tests.deploy.scaling_job", json.dumps(asked)]
         while True:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150
+            )
             if done.returncode == 0 or time.monotonic() > deadline or "AssertionError" in done.stderr:
                 break
             time.sleep(1)  # the head is not up yet

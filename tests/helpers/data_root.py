@@ -1,4 +1,4 @@
-"""A small data root of real clips, made in a moment: what ingest and filter would have left."""
+"""A small data root of real clips, made in a moment: what ingest and filter leave. And its tables."""
 
 from pathlib import Path
 
@@ -7,8 +7,7 @@ import pyarrow as pa
 from pipeline.data.filter import SELECTION_FILE
 from pipeline.store import hashing, parquet, schema, storage
 from pipeline.video import decoding
-
-MEDIA = Path(__file__).resolve().parents[2] / "demo" / "media"
+from tests.helpers.clips import MEDIA
 
 
 def make_data_root(root: Path, train: list[str], held_out: list[str], frames: int = 24) -> str:
@@ -45,3 +44,12 @@ def make_data_root(root: Path, train: list[str], held_out: list[str], frames: in
         data = pa.Table.from_pylist(rows, schema=table_schema)
         parquet.write_table(storage.join(url, table, file), [data], table_schema)
     return url
+
+
+def rows_by_id(data: str, name: str, expected: pa.Schema, key: str = "clip_id") -> dict[str, dict]:
+    """A table's rows; fails if it is not there, has another schema, or a row stands twice."""
+    table = parquet.read_folder(storage.join(data, name))
+    assert table is not None and table.schema.equals(expected), name
+    rows = {row[key]: row for row in table.to_pylist()}
+    assert len(rows) == table.num_rows, f"{name}: a row stands twice"
+    return rows

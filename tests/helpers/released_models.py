@@ -3,10 +3,12 @@
 import dataclasses
 from pathlib import Path
 
+import pytest
 import torch
 
 from model import checkpoints
 from model.dit.nadit import SEEDVR_3B, SEEDVR_7B, NaDiT
+from model.dit.swin_mmdit import SwinMMDiTConfig
 from model.vae.autoencoder import CausalVideoAutoencoder
 from pipeline.weights.backbones import ModelConfig
 from tests.helpers import tiny_models
@@ -38,6 +40,19 @@ def save_backbone(path: Path, kind: str) -> str:
     torch.manual_seed(2)
     checkpoints.save_backbone(path, NaDiT(SHAPES[kind[-2:]]).half(), {})
     return f"file://{path}"
+
+
+def sd3_transformer(config: SwinMMDiTConfig) -> torch.nn.Module:
+    """diffusers' SD3 transformer of this shape, its position table zero."""
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=16, num_layers=config.num_layers,
+        attention_head_dim=config.head_dim, num_attention_heads=config.num_heads,
+        joint_attention_dim=config.text_dim, caption_projection_dim=config.width,
+        pooled_projection_dim=config.pooled_dim, out_channels=16, pos_embed_max_size=16,
+    )  # fmt: skip
+    model.pos_embed.pos_embed.zero_()
+    return model
 
 
 def save_vae(path: Path) -> str:

@@ -6,6 +6,7 @@ import torch
 
 from model.dit.swin_mmdit import SwinMMDiT, SwinMMDiTConfig
 from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
+from model.vae.wavelet_start import start_as_wavelets
 from pipeline.weights import weights_folder
 
 VAE = AutoencoderConfig(
@@ -18,6 +19,17 @@ VAE = AutoencoderConfig(
     latent_scale=0.9152,
     latent_shift=0.0,
 )
+WAVELET_VAE = AutoencoderConfig(
+    widths=(8, 16, 36, 40),
+    latent_channels=16,
+    norm_groups=1,
+    encoder_layers=1,
+    decoder_layers=1,
+    time_halvings=2,
+    latent_scale=1.0,
+    latent_shift=0.0,
+)
+"""As narrow as a start as wavelets can be."""
 DIT = SwinMMDiTConfig(
     num_layers=2,
     num_heads=2,
@@ -32,6 +44,14 @@ DIT = SwinMMDiTConfig(
     shifted=(False, True),
     rotary=True,
 )
+
+
+def started_as_wavelets(config: AutoencoderConfig) -> CausalVideoAutoencoder:
+    """An autoencoder as it starts out, already a codec."""
+    torch.manual_seed(0)
+    autoencoder = CausalVideoAutoencoder(config)
+    start_as_wavelets(autoencoder)
+    return autoencoder
 
 
 def save_vae(folder: Path | str) -> str:

@@ -5,13 +5,10 @@ With Ray up, ingest and filter get from the command to their first task within 5
 """
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.processes import ROOT, output_of
 
 WORKERS_ONLY = (
     "deepspeed",  # 2 s with what it compiles for; only ranks train
@@ -53,24 +50,6 @@ FORBIDDEN = {
     "pipeline.data.scorers.technical": (*WITHOUT_TORCH, "ray"),
 }
 
-# Forks after what is allowed to all of its children, so that each does not import it again.
-SCRIPT = """
-import importlib, json, os, sys
-
-def imported_by(names):
-    for name in names:
-        if os.fork() == 0:
-            importlib.import_module(name)
-            print(json.dumps([name, sorted(sys.modules)]), flush=True)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.wait()[1]) == 0, name
-
-for early, names in json.loads(sys.argv[1]):
-    for name in early:
-        importlib.import_module(name)
-    imported_by(names)
-"""
-
 
 @pytest.fixture(scope="module")
 def imported() -> dict[str, set[str]]:
@@ -83,8 +62,7 @@ def imported() -> dict[str, set[str]]:
     for name, forbidden in FORBIDDEN.items():
         allowed = 0 if "ray" in forbidden else 1 if {"ray.train", "torch"} & set(forbidden) else 2
         groups[allowed][1].append(name)
-    run = [sys.executable, "-c", SCRIPT, json.dumps(groups)]
-    told = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    told = output_of("tests.jobs.list_imports", json.dumps(groups))
     return {name: set(modules) for name, modules in map(json.loads, told.splitlines())}
 
 

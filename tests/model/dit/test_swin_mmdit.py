@@ -2,10 +2,7 @@
 
 import json
 import pickle
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +12,9 @@ from model.checkpoints import load_sd3_transformer
 from model.dit.packing import patchify
 from model.dit.swin_mmdit import SD3_MEDIUM, TINY, SwinMMDiT, SwinMMDiTConfig
 from model.dit.windows import Grid
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.helpers.processes import output_of
+from tests.helpers.released_models import sd3_transformer
+from tests.model.dit import making_peak
 
 
 @pytest.fixture(autouse=True)
@@ -43,19 +41,6 @@ def random_inputs(config: SwinMMDiTConfig, shapes: list[Grid], text_lengths: lis
         "timestep": torch.linspace(50.0, 950.0, len(shapes)),
         "pooled": torch.randn(len(shapes), config.pooled_dim),
     }
-
-
-def sd3_transformer(config: SwinMMDiTConfig):
-    """diffusers' SD3 transformer of this shape, its position table zero."""
-    diffusers = pytest.importorskip("diffusers")
-    model = diffusers.SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=16, num_layers=config.num_layers,
-        attention_head_dim=config.head_dim, num_attention_heads=config.num_heads,
-        joint_attention_dim=config.text_dim, caption_projection_dim=config.width,
-        pooled_projection_dim=config.pooled_dim, out_channels=16, pos_embed_max_size=16,
-    )  # fmt: skip
-    model.pos_embed.pos_embed.zero_()
-    return model
 
 
 class TestAgainstSD3:
@@ -256,43 +241,18 @@ def test_compiled_model_gives_the_same():
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
 
 
-MEMORY_PROBE = """
-import sys, torch
-from pathlib import Path
-from model.checkpoints import load_sd3_transformer
-from model.dit.swin_mmdit import SD3_MEDIUM, TINY, SwinMMDiT
-from dataclasses import replace
-
-def status(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-config = replace(SD3_MEDIUM, num_layers=3, num_heads=12)
-SwinMMDiT.create(TINY, "cpu", torch.float32)  # what a first call loads for good
-before = status("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts again here
-model = SwinMMDiT.create(config, "cpu", torch.float32)
-if len(sys.argv) > 1:
-    load_sd3_transformer(model, sys.argv[1])
-print((status("VmHWM") - before) / sum(p.nbytes for p in model.parameters()))
-"""
-
-
 class TestMemory:
     """A model is made in its place: nothing is ever there twice."""
 
     def peak(self, *arguments: str) -> float:
         """Peak memory of making (and loading) a model in a fresh process, over its parameters' bytes."""
-        command = [sys.executable, "-c", MEMORY_PROBE, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-        return float(done.stdout)
+        return float(output_of("tests.model.dit.making_peak", *arguments))
 
     def test_making(self):
         assert 0.95 < self.peak() < 1.1
 
     def test_starting_from_sd3(self, tmp_path):
-        config = replace(SD3_MEDIUM, num_layers=3, num_heads=12)
-        save_file(sd3_transformer(config).state_dict(), tmp_path / "sd3.safetensors")
+        save_file(sd3_transformer(making_peak.CONFIG).state_dict(), tmp_path / "sd3.safetensors")
         assert 0.95 < self.peak(str(tmp_path / "sd3.safetensors")) < 1.25
 
 

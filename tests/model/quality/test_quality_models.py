@@ -10,7 +10,6 @@ import pytest
 import torch
 from open_clip.transform import image_transform
 from PIL import Image
-from torch import nn
 
 from model.checkpoints import load_aesthetic_head, load_dover, load_fast_vqa, read_header
 from model.checkpoints.__main__ import main
@@ -18,6 +17,7 @@ from model.quality import aesthetic, dover, fast_vqa, fragments
 from model.quality.dover import Dover
 from model.quality.fast_vqa import FastVQA
 from model.quality.video_swin import fragment_gate
+from tests.helpers.random_scorers import random_state
 
 PARITY = Path(__file__).parents[2] / "data" / "parity"
 
@@ -61,14 +61,6 @@ def test_gate_counts_cells_as_recorded_at_full_size():
         gate = fragment_gate((16, 28, 28), (8, 7, 7), shift)
         found = torch.bincount(gate.flatten().int()).tolist()
         assert {value: number for value, number in enumerate(found) if number} == counts
-
-
-def random_state(network: nn.Module) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.randn(t.shape, generator=generator) * 0.02 if t.is_floating_point() else t
-        for name, t in network.state_dict().items()
-    }
 
 
 def test_published_containers_load_and_others_are_told_apart(tmp_path):

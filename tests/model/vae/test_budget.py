@@ -1,24 +1,11 @@
 """The memory plan: fits its budget, prefers what is faster, and the estimate covers what a stream takes."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from model.vae import FULL_CONFIG, AutoencoderConfig
+from model.vae import FULL_CONFIG
 from model.vae.budget import CHOICES, cache_values, plan_stream, stream_values
-
-CONFIG = AutoencoderConfig(
-    widths=(16, 32, 64, 64),
-    latent_channels=16,
-    norm_groups=8,
-    encoder_layers=1,
-    decoder_layers=1,
-    time_halvings=2,
-    latent_scale=0.9152,
-    latent_shift=0.0,
-)
+from tests.helpers.processes import output_of
+from tests.model.vae.stream_peak import CONFIG, SIZE, SLICE_FRAMES
 
 
 def needed_gib(choice: tuple[int, int | None], cache_on_host: bool = False) -> float:
@@ -70,48 +57,16 @@ def test_a_budget_below_the_smallest_choice_says_what_is_needed():
         plan_stream(CONFIG, 512, 512, 0.01)
 
 
-MEASURE = """
-import sys
-import torch
-sys.path.insert(0, {root!r})
-from benchmarks.memory import reset_peak, status_bytes
-from model.vae import AutoencoderConfig, CausalVideoAutoencoder
-
-torch.set_grad_enabled(False)
-torch.set_num_threads(1)
-vae, size, plan = CausalVideoAutoencoder({config!r}), 256, dict(slice_frames=4, band_pixels={band_pixels})
-
-
-def stream(frames, size):
-    if {direction!r} == "encode":
-        return vae.encode_stream((torch.rand(1, 3, 1, size, size) for _ in range(frames)), **plan)
-    latents = (torch.randn(1, 16, 1, size // 8, size // 8) for _ in range(frames // 4 + 1))
-    return vae.decode_stream(latents, frames, size, size, **plan)
-
-
-list(stream(5, 64))
-start = reset_peak()
-for _ in stream({frames}, size):
-    pass
-print(status_bytes("VmHWM") - start)
-"""
-
-
 def measured_bytes(direction: str, frames: int, band_pixels: int | None) -> int:
-    root = str(Path(__file__).parents[3])
-    script = MEASURE.format(
-        root=root, config=CONFIG, band_pixels=band_pixels, frames=frames, direction=direction
-    )
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    arguments = (direction, str(frames), str(band_pixels or 0))
+    return int(output_of("tests.model.vae.stream_peak", *arguments, environment=environment))
 
 
 @pytest.mark.slow
 def test_a_stream_takes_what_the_plan_says_and_no_more_when_longer():
     for band_pixels in (None, 4096):
-        expected = stream_values(CONFIG, 256, 256, 4, band_pixels) * 4
+        expected = stream_values(CONFIG, SIZE, SIZE, SLICE_FRAMES, band_pixels) * 4
         short, long = (measured_bytes("decode", frames, band_pixels) for frames in (9, 33))
         assert 0.5 * expected <= short <= 1.1 * expected
         assert long <= 1.15 * short

@@ -6,26 +6,8 @@ import pytest
 import torch
 from skimage import data
 
-from model.vae.autoencoder import AutoencoderConfig, CausalVideoAutoencoder
-from model.vae.wavelet_start import start_as_wavelets
-
-NARROW = AutoencoderConfig(
-    widths=(8, 16, 36, 40),
-    latent_channels=16,
-    norm_groups=1,
-    encoder_layers=1,
-    decoder_layers=1,
-    time_halvings=2,
-    latent_scale=1.0,
-    latent_shift=0.0,
-)
-
-
-def started(config: AutoencoderConfig) -> CausalVideoAutoencoder:
-    torch.manual_seed(0)
-    autoencoder = CausalVideoAutoencoder(config)
-    start_as_wavelets(autoencoder)
-    return autoencoder
+from model.vae.autoencoder import CausalVideoAutoencoder
+from tests.helpers.tiny_models import WAVELET_VAE, started_as_wavelets
 
 
 def psnr_db(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -34,11 +16,11 @@ def psnr_db(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [NARROW, dataclasses.replace(NARROW, widths=(12, 24, 40, 64))])
+@pytest.mark.parametrize("config", [WAVELET_VAE, dataclasses.replace(WAVELET_VAE, widths=(12, 24, 40, 64))])
 def test_an_untrained_network_carries_a_moving_picture(config):
     picture = torch.from_numpy(data.astronaut()).permute(2, 0, 1).float() / 127.5 - 1
     video = torch.stack([picture[:, 100:228, 120 + t : 248 + t] for t in range(9)], dim=1)[None]  # a slow pan
-    autoencoder = started(config)
+    autoencoder = started_as_wavelets(config)
     mean, log_variance = autoencoder.encode(video)
     assert psnr_db(autoencoder.decode_unscaled(mean), video) > 23
     # The posterior's noise does not drown it.
@@ -50,7 +32,7 @@ def test_an_untrained_network_carries_a_moving_picture(config):
 
 def test_every_parameter_still_gets_a_gradient_or_is_one_step_from_it():
     # A branch that ends in zeros learns its last convolution first.
-    autoencoder = started(NARROW)
+    autoencoder = started_as_wavelets(WAVELET_VAE)
     video = torch.rand(1, 3, 5, 32, 32) * 2 - 1
     mean, log_variance = autoencoder.encode(video)
     loss = (autoencoder.decode_unscaled(mean) - video).abs().mean() + log_variance.square().mean()
@@ -70,4 +52,4 @@ def test_every_parameter_still_gets_a_gradient_or_is_one_step_from_it():
 )
 def test_what_cannot_hold_it_is_named(change, words):
     with pytest.raises(ValueError, match=words):
-        started(dataclasses.replace(NARROW, **change))
+        started_as_wavelets(dataclasses.replace(WAVELET_VAE, **change))

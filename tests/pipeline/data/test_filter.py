@@ -13,14 +13,13 @@ from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.data.scorers import technical
 from pipeline.store import hashing, parquet, schema, storage
 from pipeline.video import sandbox
-from tests.helpers.data_root import make_data_root
+from tests.helpers.clips import MEDIA, encode, moving_picture
+from tests.helpers.data_root import make_data_root, rows_by_id
 
 LIMIT = 80.0
 
 
 def photo() -> np.ndarray:
-    from tests.helpers.data_root import MEDIA
-
     picture = cv2.imread(str(MEDIA / "coffee.jpg"))
     assert picture is not None
     return picture
@@ -45,8 +44,6 @@ def test_scores_answer_to_what_they_are_named_after():
 
 
 def test_clips_of_a_source_that_share_a_decode_score_as_each_alone(tmp_path):
-    from tests.pipeline.video.test_decoding import encode, moving_picture
-
     path = encode(tmp_path / "film.mp4", "libx264", "yuv420p", {"g": "20"}, frames=moving_picture(70))
     common = {"uri": f"file://{path}", "media": "video", "time_base": "1/12800", "width": 256, "height": 144}
     spans = ((0, 20), (20, 40), (45, 60), (60, 70))  # one is left out between them, as a short shot is
@@ -96,9 +93,7 @@ def config(data: str, **changes) -> FilterConfig:
 
 
 def selection(data: str) -> dict[str, dict]:
-    table = parquet.read_folder(storage.join(data, schema.SELECTION))
-    assert table is not None and table.schema.equals(schema.SELECTION_SCHEMA)
-    return {row["clip_id"]: row for row in table.to_pylist()}
+    return rows_by_id(data, schema.SELECTION, schema.SELECTION_SCHEMA)
 
 
 def test_every_clip_has_scores_and_a_decision(data):
@@ -113,18 +108,15 @@ def test_every_clip_has_scores_and_a_decision(data):
     assert [rows[i]["keep"] for i in cups] == [True, False]
     assert (rows[cups[1]]["reject_reason"] or "").startswith("duplicate")
     assert rows[cups[1]]["duplicate_of"] == cups[0]
-    table = parquet.read_folder(storage.join(data, schema.SCORES))
-    assert table is not None
-    exposure = {row["clip_id"]: row["exposure"] for row in table.to_pylist() if row["error"] is None}
+    scores = rows_by_id(data, schema.SCORES, filter_stage.SCORES_SCHEMA)
+    assert len(scores) == 8
+    exposure = {i: row["exposure"] for i, row in scores.items() if row["error"] is None}
     dark = {i for i, value in exposure.items() if value < LIMIT}
     assert 0 < len(dark) < len(exposure) - 1
     for i in dark:
         assert rows[i]["reject_reason"] == f"exposure too low: {exposure[i]:.4g} < {LIMIT:g}"
     assert {names[i] for i, row in rows.items() if row["split"] == "held_out"} == {"box.mp4"}
-    scores = parquet.read_folder(storage.join(data, schema.SCORES))
-    assert scores is not None and scores.num_rows == 8
-    measured = next(row for row in scores.to_pylist() if row["clip_id"] == cups[0])
-    assert all(measured[name] is not None for name in technical.SCORES if name != "bits_per_pixel")
+    assert all(scores[cups[0]][name] is not None for name in technical.SCORES if name != "bits_per_pixel")
 
 
 def test_thresholds_change_without_measuring_again(data):

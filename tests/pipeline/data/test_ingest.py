@@ -1,6 +1,6 @@
 """Every file below the input is accounted for in clips/, whatever it is; running again only adds."""
 
-import json
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,39 +13,12 @@ import pytest
 from PIL import Image
 
 from pipeline.data import ingest, shots
+from pipeline.data.filter import FilterConfig
 from pipeline.data.ingest import IngestConfig
 from pipeline.store import parquet, schema, storage
 from pipeline.video import decoding, encoding
-from tests.pipeline.video.test_decoding import encode, moving_picture
-
-ROOT = Path(__file__).parents[3]
-
-
-def odd_files(folder: Path) -> dict[str, str]:
-    """A folder with one file of each odd kind; file name -> a word of the error expected, '' for none."""
-    whole = Path(encode(folder / "plain.mp4", "libx264", "yuv420p", {})).read_bytes()
-    encode(folder / "one_frame.mp4", "libx264", "yuv420p", {}, frames=moving_picture(1))
-    encode(folder / "ten_bit.mkv", "libx265", "yuv420p10le", {"x265-params": "log-level=none"})
-    turn = {"prepare": lambda stream: stream.set_display_rotation(90), "frames": moving_picture(12)}
-    encode(folder / "turned.mp4", "libx264", "yuv420p", {}, **turn)
-    with encoding.VideoWriter(str(folder / "odd_size.mp4"), 25, 641, 273) as writer:
-        for frame in moving_picture(10, 273, 641):
-            writer.write(frame)
-    stream = Path(encode(folder / "cut_stream.ts", "mpeg2video", "yuv420p", {"g": "6"}))
-    stream.write_bytes(stream.read_bytes()[: stream.stat().st_size * 2 // 3])
-    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
-    (folder / "text.mp4").write_text("not a video\n" * 30)
-    (folder / "empty.mp4").touch()
-    picture = Image.fromarray(moving_picture(1)[0])
-    picture.convert("L").save(folder / "grey.jpg")
-    picture.convert("RGBA").save(folder / "alpha.png")
-    (folder / "cut.jpg").write_bytes((folder / "grey.jpg").read_bytes()[:2000])
-    (folder / "plain.txt").write_text("a pan over a rough texture\n")
-    (folder / "odd_size.json").write_text(json.dumps({"caption": "odd", "license": "CC0"}))
-    (folder / "notes.md").write_text("ignored")
-    errors = {"cut.mp4": "moov", "text.mp4": "FFmpeg", "empty.mp4": "empty", "cut.jpg": "decoded"}
-    good = "plain.mp4 one_frame.mp4 ten_bit.mkv turned.mp4 odd_size.mp4 cut_stream.ts grey.jpg alpha.png"
-    return {**dict.fromkeys(good.split(), ""), **errors}
+from tests.helpers.clips import MEDIA, encode, moving_picture, odd_files
+from tests.helpers.processes import ROOT, output_of
 
 
 def rows_of(output: Path) -> list[dict]:
@@ -140,7 +113,7 @@ def test_shots_are_cut_where_the_picture_changes_and_to_length(tmp_path):
 @pytest.mark.slow
 def test_a_source_scanned_in_spans_gives_the_clips_of_one_pass(local_ray, tmp_path):
     (tmp_path / "in").mkdir()
-    os.link(ROOT / "demo/media/trailer_bbb.mp4", tmp_path / "in/film.mp4")
+    os.link(MEDIA / "trailer_bbb.mp4", tmp_path / "in/film.mp4")
     settings = {"input": str(tmp_path / "in"), "output": str(tmp_path / "out"), "max_clip_frames": 49}
     made = {}
     for segment_s in (300.0, 19.0, 11.0, 4.5):
@@ -257,24 +230,18 @@ def test_uneven_frame_times_are_noticed(tmp_path):
 
 
 def test_hashes_stay_when_a_picture_is_scaled_and_compressed(tmp_path):
-    picture = decoding.load_image(str(ROOT / "demo/media/coffee.jpg"))
+    picture = decoding.load_image(str(MEDIA / "coffee.jpg"))
     Image.fromarray(picture).resize((300, 200)).save(tmp_path / "small.jpg", quality=40)
     one, small, other = (
         int(shots.scan_image(str(path), 2**26), 16)
-        for path in (ROOT / "demo/media/coffee.jpg", tmp_path / "small.jpg", ROOT / "demo/media/cat.jpg")
+        for path in (MEDIA / "coffee.jpg", tmp_path / "small.jpg", MEDIA / "cat.jpg")
     )
     assert (one ^ small).bit_count() <= 3 < 12 < (one ^ other).bit_count()
 
 
 @pytest.mark.parametrize("job", ["ingest", "filter"])
 def test_help_documents_every_field(job):
-    text = subprocess.run(
-        [sys.executable, "-m", f"jobs.{job}", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    import dataclasses
-
-    from pipeline.data.filter import FilterConfig
-
+    text = output_of(f"jobs.{job}", "--help")
     for field in dataclasses.fields(IngestConfig if job == "ingest" else FilterConfig):
         option = text.split(f"--{field.name}", 1)
         assert len(option) == 2, field.name

@@ -13,8 +13,10 @@ import numpy as np
 import psutil
 import pytest
 
+from pipeline.data.filter import SCORES_SCHEMA
 from pipeline.store import parquet, schema, storage
-from tests.helpers.data_root import make_data_root
+from tests.helpers.data_root import make_data_root, rows_by_id
+from tests.helpers.processes import ROOT
 from tests.helpers.ray_cluster import driver_environment, new_node, one_node_cluster
 from tests.helpers.tiny_models import save_vae
 
@@ -22,33 +24,16 @@ TRIALS = 10
 KINDS = ("worker", "driver", "node")
 SEED = 7
 TABLES = {
-    "filter": {"scores": "clip_id", "selection": "clip_id"},
-    "precompute": {"text": "clip_id", "latents": "sample_id"},
+    "filter": {
+        schema.SCORES: (SCORES_SCHEMA, "clip_id"),
+        schema.SELECTION: (schema.SELECTION_SCHEMA, "clip_id"),
+    },
+    "precompute": {
+        schema.TEXT: (schema.TEXT_SCHEMA, "clip_id"),
+        schema.LATENTS: (schema.LATENTS_SCHEMA, "sample_id"),
+    },
 }
-"""What each stage writes, with the key of its rows."""
-
-STAGES = """
-import sys
-import ray
-from model.text_encoders import TINY_ENCODERS
-from pipeline.data import filter, precompute
-from pipeline.data.filter import FilterConfig, Threshold
-from pipeline.data.cropping import Bucket
-vae, address, shared = sys.argv[1:]
-ray.init(address=address, log_to_driver=False)
-shared = {"shared_filesystem": shared == "shared"}
-thresholds = {"exposure": Threshold(min=1)}
-sizes = {"buckets": [Bucket(1, 64, 64), Bucket(5, 64, 64)], "variants": 3, "samples_per_shard": 3}
-words, sys.stdout = sys.stdout, sys.stderr
-print("ready", file=words, flush=True)
-for line in sys.stdin:
-    stage, data = line.split()
-    if stage == "filter":
-        filter.run(FilterConfig(data=data, thresholds=thresholds, niqe_frames=0, clips_per_shard=2, **shared))
-    else:
-        precompute.run(precompute.PrecomputeConfig(data=data, vae=vae, text=TINY_ENCODERS, **sizes, **shared))
-    print("done", file=words, flush=True)
-"""
+"""What each stage writes, with the schema and the key of its rows."""
 
 
 class Stages:
@@ -59,18 +44,18 @@ class Stages:
         self.cluster = one_node_cluster()
         self.nodes = [new_node(self.cluster) for _ in range(2)]
         self.vae = save_vae(folder / "vae")
-        self.script = folder / "stages.py"
-        self.script.write_text(STAGES)
         self.errors = folder / "errors.txt"
         self.driver: subprocess.Popen[str] | None = None
 
     def start(self, stage: str, data: str, shared: str = "shared") -> None:
         """A stage on this root, in a new driver if there is none."""
         if self.driver is None:
-            command = [sys.executable, str(self.script), self.vae, self.cluster.address, shared]
+            command = [sys.executable, "-m", "tests.pipeline.data.kill_driver"]
+            command += [self.vae, self.cluster.address, shared]
             with self.errors.open("w") as errors:
                 self.driver = subprocess.Popen(
                     command,
+                    cwd=ROOT,
                     env=driver_environment(),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
@@ -141,11 +126,8 @@ def fresh_root(folder: Path) -> str:
 def rows(stage: str, data: str) -> dict[str, dict[str, dict]]:
     """Every table of a stage by id; fails if a row stands twice."""
     found = {}
-    for name, key in TABLES[stage].items():
-        table = parquet.read_folder(storage.join(data, name))
-        assert table is not None, name
-        found[name] = {row[key]: row for row in table.to_pylist()}
-        assert len(found[name]) == table.num_rows, f"{name}: a row stands twice"
+    for name, (expected, key) in TABLES[stage].items():
+        found[name] = rows_by_id(data, name, expected, key)
     if stage == "precompute":
         index = parquet.read_folder(storage.join(data, schema.LATENTS, schema.INDEX), ["sample_id"])
         assert index is not None

@@ -1,35 +1,23 @@
 """Scores by networks in the filter: who gets them, what is computed again, what a user may get wrong."""
 
-import json
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
 
+from model.quality import dover, fast_vqa
 from pipeline.data import filter as filter_stage
 from pipeline.data.filter import FilterConfig, Threshold
-from pipeline.data.scorers import scorer_config
+from pipeline.data.scorers import learned, scorer_config
 from pipeline.data.scorers.scorer_config import ScorersConfig
 from pipeline.store import hashing, parquet, schema, storage
-from tests.helpers.data_root import MEDIA, make_data_root
+from pipeline.video import decoding
+from tests.helpers.clips import MEDIA
+from tests.helpers.data_root import make_data_root, rows_by_id
+from tests.helpers.random_scorers import RN, VIT, as_google, random_state, seeded_musiq, tiny_clip
 
-TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-RN = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 4, "patch_size": None}
-VIT = {"image_size": 224, "layers": 1, "width": 64, "head_width": 32, "patch_size": 112}
-
-
-def tiny_clip(folder: Path, embed_dim: int, vision: dict, seed: int) -> str:
-    """A CLIP with random weights in a folder, as open_clip reads it."""
-    folder.mkdir()
-    config = {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": TEXT, "quick_gelu": True}
-    torch.manual_seed(seed)
-    clip = open_clip.CLIP(**{**config, "vision_cfg": open_clip.CLIPVisionCfg(**vision)})
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
-    return str(folder)
+IMAGE = "fig.jpg"
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +44,7 @@ def rows(data: str) -> dict[str, dict[str, dict]]:
 
 
 def selection(data: str) -> dict[str, dict]:
-    table = parquet.read_folder(storage.join(data, schema.SELECTION))
-    assert table is not None
-    return {row["clip_id"]: row for row in table.to_pylist()}
+    return rows_by_id(data, schema.SELECTION, schema.SELECTION_SCHEMA)
 
 
 def file_times(data: str) -> dict[str, int]:
@@ -66,25 +52,28 @@ def file_times(data: str) -> dict[str, int]:
     return {file: Path(storage.path_of(file)).stat().st_mtime_ns for file in files}
 
 
-@pytest.mark.slow
-def test_only_what_passes_is_scored_and_only_what_lacks_is_computed(tmp_path, local_ray, clips):
-    names = ["cup.mp4", "city.mp4", "fig.jpg", "sintel.mp4"]
-    data = make_data_root(tmp_path, names, [], frames=8)
-    ids = {name: hashing.stable_id(name) for name in names}
-    exposures = {}
+@pytest.fixture
+def exposures(tmp_path, local_ray) -> tuple[str, dict[str, float]]:
+    """A data root of four clips with the scores that need no weights; each clip's exposure, darkest first."""
+    data = make_data_root(tmp_path, ["cup.mp4", "city.mp4", IMAGE, "sintel.mp4"], [], frames=8)
     filter_stage.run(FilterConfig(data=data, thresholds={}, niqe_frames=0))
-    scored = parquet.read_folder(storage.join(data, schema.SCORES))
-    assert scored is not None
-    exposures = {row["clip_id"]: row["exposure"] for row in scored.to_pylist()}
-    ordered = sorted(exposures, key=lambda clip: exposures[clip])
-    strict, loose = exposures[ordered[2]], exposures[ordered[1]]
+    scores = rows_by_id(data, schema.SCORES, filter_stage.SCORES_SCHEMA)
+    found = {clip: row["exposure"] for clip, row in scores.items()}
+    return data, dict(sorted(found.items(), key=lambda item: item[1]))
 
-    def config(least: float, networks: ScorersConfig, **more) -> FilterConfig:
-        limits = {"exposure": Threshold(min=least), "clip_iqa": Threshold(min=0.0)}
-        return FilterConfig(data=data, thresholds=limits, scorers=networks, niqe_frames=0, **more)
 
+def config(data: str, least_exposure: float, networks: ScorersConfig, **more) -> FilterConfig:
+    limits = {"exposure": Threshold(min=least_exposure), "clip_iqa": Threshold(min=0.0)}
+    return FilterConfig(data=data, thresholds=limits, scorers=networks, niqe_frames=0, **more)
+
+
+@pytest.mark.slow
+def test_only_what_passes_is_scored_and_only_what_lacks_is_computed(exposures, clips):
+    data, exposure = exposures
+    ordered = list(exposure)
+    strict, loose = exposure[ordered[2]], exposure[ordered[1]]
     one = ScorersConfig(clip_iqa=clips["clip_iqa"], frames=2)
-    summary = filter_stage.run(config(strict, one))
+    summary = filter_stage.run(config(data, strict, one))
     (maker,) = rows(data)
     assert maker.startswith("clip_iqa-") and set(rows(data)[maker]) == set(ordered[2:])
     first = rows(data)[maker]
@@ -94,28 +83,38 @@ def test_only_what_passes_is_scored_and_only_what_lacks_is_computed(tmp_path, lo
     assert "<h2>clip_iqa</h2>" in shown and "<h2>musiq</h2>" not in shown
 
     times = file_times(data)
-    summary = filter_stage.run(config(loose, one, rethreshold=True))
+    summary = filter_stage.run(config(data, loose, one, rethreshold=True))
     assert summary.details["clips without learned scores yet"] == 1 and file_times(data) == times
     assert selection(data)[ordered[1]]["reject_reason"] == "learned scores not computed yet"
     assert summary.rows_kept == 2
 
-    summary = filter_stage.run(config(loose, one))
+    summary = filter_stage.run(config(data, loose, one))
     assert summary.rows_kept == 3 and set(rows(data)[maker]) == set(ordered[1:])
     assert {clip: rows(data)[maker][clip] for clip in first} == first
     assert {file: time for file, time in file_times(data).items() if file in times} == times
 
-    # Another scorer is computed alone, of images too; other weights replace only their own scores.
+
+@pytest.mark.slow
+def test_another_scorer_is_computed_alone_and_other_weights_replace_only_their_own_scores(exposures, clips):
+    data, exposure = exposures
+    ordered = list(exposure)
+    loose = exposure[ordered[1]]
+    filter_stage.run(config(data, loose, ScorersConfig(clip_iqa=clips["clip_iqa"], frames=2)))
+    (maker,) = rows(data)
+    first = rows(data)[maker]
+
     both = ScorersConfig(clip_iqa=clips["clip_iqa"], aesthetic=clips["aesthetic"], frames=2)
-    filter_stage.run(config(loose, both))
+    filter_stage.run(config(data, loose, both))
     made = rows(data)
     (beauty,) = set(made) - {maker}
-    assert set(made[beauty]) == set(ordered[1:])
+    assert made[maker] == first
+    assert set(made[beauty]) == set(ordered[1:])  # images too
     assert all(row["aesthetic"] is not None and row["clip_iqa"] is None for row in made[beauty].values())
     changed = ScorersConfig(clip_iqa=clips["other"], aesthetic=clips["aesthetic"], frames=2)
-    filter_stage.run(config(loose, changed))
+    filter_stage.run(config(data, loose, changed))
     (anew,) = set(rows(data)) - {maker, beauty}
     assert set(rows(data)[anew]) == set(ordered[1:]) and rows(data)[beauty] == made[beauty]
-    assert any(rows(data)[anew][c]["clip_iqa"] != first[c]["clip_iqa"] for c in first)
+    assert any(rows(data)[anew][c]["clip_iqa"] != first[c]["clip_iqa"] for c in ordered[2:])
 
     # A threshold that the scores of the present weights fail, and not those of the former ones.
     values = [row["clip_iqa"] for row in rows(data)[anew].values()]
@@ -125,7 +124,7 @@ def test_only_what_passes_is_scored_and_only_what_lacks_is_computed(tmp_path, lo
         c for c, row in selection_of(last).items() if "clip_iqa too high" in (row["reject_reason"] or "")
     }
     assert rejected == {c for c, row in rows(data)[anew].items() if row["clip_iqa"] > np.median(values)}
-    assert ids["fig.jpg"] in exposures
+    assert hashing.stable_id(IMAGE) in exposure
 
 
 def selection_of(config: FilterConfig) -> dict[str, dict]:
@@ -187,15 +186,9 @@ def test_fingerprints_follow_weights_and_sampling_but_no_threshold(tmp_path):
 @pytest.mark.slow
 def test_every_scorer_scores_a_real_clip_and_an_image(tmp_path, clips):
     """The published shapes with random weights, from files in the published forms."""
-    from model.quality import dover, fast_vqa
-    from pipeline.data.scorers import learned
-    from pipeline.video import decoding
-    from tests.model.quality.test_musiq import as_google, seeded
-    from tests.model.quality.test_quality_models import random_state
-
     torch.save({"state_dict": random_state(fast_vqa.FastVQA(fast_vqa.PUBLISHED_FASTER))}, tmp_path / "f.pth")
     torch.save(random_state(dover.Dover(dover.PUBLISHED_MOBILE)), tmp_path / "d.pth")
-    np.savez(tmp_path / "m.npz", **as_google(seeded(1)))
+    np.savez(tmp_path / "m.npz", **as_google(seeded_musiq(1)))
     config = ScorersConfig(
         aesthetic=clips["aesthetic"],
         clip_iqa=clips["clip_iqa"],

@@ -14,7 +14,7 @@ from pipeline.data.cropping import Bucket, Native
 from pipeline.runtime import prometheus
 from pipeline.store import bf16_columns, parquet, schema, storage
 from pipeline.training.samples import latent_reader
-from tests.helpers.data_root import make_data_root
+from tests.helpers.data_root import make_data_root, rows_by_id
 from tests.helpers.tiny_models import save_vae
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -43,11 +43,7 @@ def config(data: str, vae: str, **changes) -> precompute.PrecomputeConfig:
 
 
 def latents(data: str) -> dict[str, dict]:
-    table = parquet.read_folder(storage.join(data, schema.LATENTS))
-    assert table is not None and table.schema.equals(schema.LATENTS_SCHEMA)
-    rows = {row["sample_id"]: row for row in table.to_pylist()}
-    assert len(rows) == table.num_rows, "a sample stands twice"
-    return rows
+    return rows_by_id(data, schema.LATENTS, schema.LATENTS_SCHEMA, "sample_id")
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """Evaluation of small real clips: known numbers, identical files, and every mismatch as one clear line."""
 
 import json
-from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,19 +15,10 @@ from pipeline.evaluation.evaluate import CEILING, METRICS, EvaluateConfig
 from pipeline.metrics import metric_table, psnr_ssim
 from pipeline.metrics.metric_networks import LearnedMetrics
 from pipeline.store import storage
-from pipeline.video import decoding, encoding
+from pipeline.video import decoding
 from tests.helpers import tiny_models
-from tests.pipeline.data.test_learned_scores import RN, tiny_clip
-
-MEDIA = Path(__file__).resolve().parents[3] / "demo" / "media"
-
-
-def save(path: Path, frames: list[np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    height, width = frames[0].shape[:2]
-    with encoding.VideoWriter(str(path), Fraction(25), width, height, codec="ffv1") as out:
-        for frame in frames:
-            out.write(frame)
+from tests.helpers.clips import MEDIA, make_video
+from tests.helpers.random_scorers import RN, tiny_clip
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +33,14 @@ def truth() -> list[np.ndarray]:
 def result(truth, tmp_path_factory, local_ray) -> dict:
     root = tmp_path_factory.mktemp("evaluate")
     off_by_five = [np.where(frame < 128, frame + 5, frame - 5).astype(np.uint8) for frame in truth]
-    save(root / "truth" / "a.mkv", truth)
-    save(root / "truth" / "sub" / "b.mkv", truth[::-1])
-    save(root / "same" / "a.mkv", truth)
-    save(root / "same" / "sub" / "b.mkv", truth[::-1])
-    save(root / "off" / "a.mkv", off_by_five)
-    save(root / "off" / "sub" / "b.mkv", off_by_five[::-1])
-    save(root / "bad" / "a.mkv", truth[:3])  # and no b
-    save(root / "half" / "a.mkv", [frame[::2, ::2] for frame in truth])
+    make_video(root / "truth" / "a.mkv", truth)
+    make_video(root / "truth" / "sub" / "b.mkv", truth[::-1])
+    make_video(root / "same" / "a.mkv", truth)
+    make_video(root / "same" / "sub" / "b.mkv", truth[::-1])
+    make_video(root / "off" / "a.mkv", off_by_five)
+    make_video(root / "off" / "sub" / "b.mkv", off_by_five[::-1])
+    make_video(root / "bad" / "a.mkv", truth[:3])  # and no b
+    make_video(root / "half" / "a.mkv", [frame[::2, ::2] for frame in truth])
     (root / "half" / "sub").mkdir()
     (root / "half" / "sub" / "b.mkv").write_bytes(b"not a video")
     config = EvaluateConfig(
@@ -121,8 +110,8 @@ def test_the_protocol_says_how(result):
 
 
 def test_frames_used_and_enlarging(truth, tmp_path):
-    save(tmp_path / "truth" / "a.mkv", truth)
-    save(tmp_path / "small" / "a.mkv", [frame[::2, ::2] for frame in truth])
+    make_video(tmp_path / "truth" / "a.mkv", truth)
+    make_video(tmp_path / "small" / "a.mkv", [frame[::2, ::2] for frame in truth])
     config = EvaluateConfig(
         methods={"small": f"file://{tmp_path}/small"},
         output=f"file://{tmp_path}/out",
@@ -162,7 +151,7 @@ def test_image_sequences_are_clips_and_a_damaged_frame_is_one_line(truth, tmp_pa
 
 
 def test_without_truth_only_what_needs_none(truth, tmp_path):
-    save(tmp_path / "real" / "a.mkv", truth)
+    make_video(tmp_path / "real" / "a.mkv", truth)
     config = EvaluateConfig(methods={"real": f"file://{tmp_path}/real"}, output=f"file://{tmp_path}/out")
     (row,) = evaluate.plan_rows(config)
     scores = evaluate.Measure(config)(row)["result"]
@@ -171,7 +160,7 @@ def test_without_truth_only_what_needs_none(truth, tmp_path):
 
 
 def test_a_metric_with_weights_is_a_column(truth, tmp_path):
-    save(tmp_path / "real" / "a.mkv", truth)
+    make_video(tmp_path / "real" / "a.mkv", truth)
     clip_iqa = tiny_clip(tmp_path / "rn", 32, RN, seed=1)
     config = EvaluateConfig(
         methods={"real": f"file://{tmp_path}/real"},
@@ -200,7 +189,7 @@ def test_an_entry_in_the_table_is_a_metric_everywhere(truth, tmp_path, monkeypat
         decimals=1,
     )
     monkeypatch.setitem(metric_table.METRICS, "darkness", darkness)
-    save(tmp_path / "real" / "a.mkv", truth)
+    make_video(tmp_path / "real" / "a.mkv", truth)
     config = EvaluateConfig(methods={"real": f"file://{tmp_path}/real"}, output=f"file://{tmp_path}/out")
     assert config.metrics[-1] == "darkness"
     (row,) = evaluate.plan_rows(config)

@@ -20,9 +20,8 @@ from pipeline.metrics import frechet, psnr_ssim
 from pipeline.store import storage
 from pipeline.video import decoding
 from tests.helpers import tiny_models
-from tests.pipeline.evaluation.test_evaluate import save
+from tests.helpers.clips import MEDIA, make_video
 
-MEDIA = Path(__file__).resolve().parents[3] / "demo" / "media"
 VIDEO_LEVELS = {
     "down_block_types": ("CogVideoXDownBlock3D",) * 4,
     "up_block_types": ("CogVideoXUpBlock3D",) * 4,
@@ -63,8 +62,8 @@ def clips() -> dict[str, list[np.ndarray]]:
 def root(clips, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("vae")
     for name, frames in clips.items():
-        save(root / "clips" / f"{Path(name).stem}.mkv", frames)
-    save(root / "clips" / "short.mkv", clips["city.mp4"][:5])
+        make_video(root / "clips" / f"{Path(name).stem}.mkv", frames)
+    make_video(root / "clips" / "short.mkv", clips["city.mp4"][:5])
     tiny_models.save_vae(root / "ours")
     torch.manual_seed(4)
     save_autoencoder(root / "ema_vae.safetensors", CausalVideoAutoencoder(tiny_models.VAE), {})

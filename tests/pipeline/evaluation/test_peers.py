@@ -8,17 +8,15 @@ from benchmarks.peers import folders
 from pipeline.evaluation import comparison_tables, peers
 from pipeline.evaluation.peers import PeerConfig
 from pipeline.store import storage
-from pipeline.video import decoding, encoding
-from tests.helpers.clips import MEDIA
+from pipeline.video import decoding
+from tests.helpers.clips import MEDIA, make_video
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """One clip of 4 frames, 32x48, in a subfolder."""
-    (tmp_path / "lq" / "sub").mkdir(parents=True)
-    with encoding.VideoWriter(str(tmp_path / "lq" / "sub" / "a.mkv"), 25, 48, 32, codec="ffv1") as writer:
-        for frame in decoding.decode_frames(str(MEDIA / "city.mp4"), max_frames=4):
-            writer.write(frame[:32, :48])
+    frames = decoding.decode_frames(str(MEDIA / "city.mp4"), max_frames=4)
+    make_video(tmp_path / "lq" / "sub" / "a.mkv", [frame[:32, :48] for frame in frames])
     return tmp_path
 
 

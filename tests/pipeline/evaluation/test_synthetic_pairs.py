@@ -18,8 +18,7 @@ from pipeline.evaluation.synthetic_pairs import (
     run,
 )
 from pipeline.video import decoding
-
-MEDIA = Path(__file__).resolve().parents[3] / "demo" / "media"
+from tests.helpers.clips import MEDIA
 
 
 @pytest.fixture(scope="module")

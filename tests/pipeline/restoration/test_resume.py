@@ -1,8 +1,8 @@
 """A restoration that is killed and started again gives the same file, bit for bit, without doing it all."""
 
 import dataclasses
+import pickle
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from pipeline.restoration.restore import Encoding, RestoreActor, RestoreConfig, 
 from pipeline.store import storage
 from pipeline.video import decoding, muxing
 from pipeline.weights.backbones import ModelConfig
-from tests.helpers import tiny_models
+from tests import settings
+from tests.helpers import processes, tiny_models
 from tests.helpers.clips import cut_with_sound, packets
-from tests.helpers.processes import kill_tree
+from tests.pipeline.restoration import restore_alone
+from tests.pipeline.restoration.restore_alone import the_row
 
 SAMPLING = Sampling(steps=4, chunk_frames=9, overlap_frames=4, slice_frames=4)
 FRAMES = 41  # five chunks
@@ -48,11 +50,6 @@ def configured(models: ModelConfig, source: Path, target: Path, **changes) -> Re
         memory_gib=4,
     )
     return dataclasses.replace(config, **changes)
-
-
-def the_row(config: RestoreConfig) -> dict:
-    (row,) = restore.list_inputs(config)
-    return {**row, "preview": True, "fingerprint": restore.fingerprint(config, row)}
 
 
 def restore_now(config: RestoreConfig, after_chunks: int | None = None) -> dict:
@@ -104,18 +101,11 @@ def test_what_was_made_in_another_way_is_not_mixed_in(models, source, tmp_path):
     assert restore_now(other)["resumed_from_frame"] == 0
 
 
-def run_alone(models: ModelConfig, source: Path, target: Path) -> None:
-    """What the process that is killed does."""
-    config = configured(models, source, target)
-    RestoreActor(config)(the_row(config))
-
-
-def start(models: ModelConfig, source: Path, target: Path) -> subprocess.Popen:
-    program = (
-        f"from tests.pipeline.restoration.test_resume import *; "
-        f"run_alone({models!r}, Path({str(source)!r}), Path({str(target)!r}))"
-    )
-    return subprocess.Popen([sys.executable, "-c", program])
+def start(config: RestoreConfig, file: Path) -> subprocess.Popen[str]:
+    """A process that restores alone, as this file tells it."""
+    file.write_bytes(pickle.dumps(config))
+    program = "tests.pipeline.restoration.restore_alone"
+    return processes.start(program, str(file), environment=settings.without_ray())
 
 
 def wait_for_segments(process: subprocess.Popen, parts: Path, count: int) -> bool:
@@ -129,20 +119,22 @@ def wait_for_segments(process: subprocess.Popen, parts: Path, count: int) -> boo
 
 @pytest.mark.slow
 def test_killed_at_three_moments_the_result_is_the_same_bit_for_bit(models, source, tmp_path):
-    run_alone(models, source, tmp_path / "once")
-    target = tmp_path / "killed"
+    restore_alone.run(configured(models, source, tmp_path / "once"))
+    target, file = tmp_path / "killed", tmp_path / "config.pickle"
+    config = configured(models, source, target)
     for count in (1, 2, 4):
-        process = start(models, source, target)
+        process = start(config, file)
         assert wait_for_segments(process, target / "_parts", count), "it ended before it could be killed"
-        kill_tree(process)
+        processes.kill_tree(process)
         assert not (target / "clip.mp4").exists()
-    assert start(models, source, target).wait(300) == 0
+    last = start(config, file)
+    told, _ = last.communicate(timeout=300)
+    assert last.returncode == 0, told[-3000:]
     killed = target / "clip.mp4"
     assert killed.read_bytes() == (tmp_path / "once" / "clip.mp4").read_bytes()
     assert packets(str(killed)) == packets(str(source))
     before, after = (stamps(path) for path in (source, killed))
     assert len(after) == FRAMES and after == before
-    config = configured(models, source, target)
     row = storage.read_json(restore.row_url(config, the_row(config)))
     assert row["error"] is None and row["resumed_from_frame"] > 0
     assert not list((target / "_parts").iterdir())

@@ -6,8 +6,6 @@ import io
 import itertools
 import json
 import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,11 +24,11 @@ from pipeline.store import parquet, schema, source_cache, storage
 from pipeline.video import decoding
 from tests import settings
 from tests.helpers import object_store
+from tests.helpers.clips import MEDIA
 from tests.helpers.object_store import BUCKET, FaultyProxy
+from tests.helpers.processes import ROOT, output_of
 from tests.helpers.tiny_models import save_vae
 
-ROOT = Path(__file__).resolve().parents[3]
-MEDIA = ROOT / "demo" / "media"
 FILES = ["cup.mp4", "fig.jpg", "box.mp4", "pan_dogs.mp4"]
 
 
@@ -205,21 +203,6 @@ def test_a_listing_longer_than_a_page_is_complete(store, monkeypatch):
     }
 
 
-STAGES = """
-import json, sys
-from model.text_encoders import TINY_ENCODERS
-from pipeline.data import filter, ingest, precompute
-from pipeline.data.filter import FilterConfig, Threshold
-from pipeline.data.cropping import Bucket
-raw, data, vae = sys.argv[1:]
-ingest.run(ingest.IngestConfig(input=raw, output=data, max_clip_frames=25, sources_per_shard=2))
-thresholds = {"exposure": Threshold(min=1)}
-filter.run(FilterConfig(data=data, thresholds=thresholds, niqe_frames=0, clips_per_shard=4))
-sizes = {"buckets": [Bucket(1, 64, 64), Bucket(5, 64, 64)], "samples_per_shard": 4}
-precompute.run(precompute.PrecomputeConfig(data=data, vae=vae, text=TINY_ENCODERS, **sizes))
-"""
-
-
 def all_rows(client, prefix: str) -> dict[str, list[dict]]:
     """Every table's rows, straight from the store."""
     tables: dict[str, list[dict]] = {}
@@ -236,13 +219,12 @@ def all_rows(client, prefix: str) -> dict[str, list[dict]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_all_stages_under_ray_through_a_failing_store_equal_those_of_a_sound_one(store, tmp_path):
+def test_all_stages_under_ray_through_a_failing_store_equal_those_of_a_sound_one(store):
     sound = "http://{}:{}".format(*store)
     client = object_store.client(sound)
     raw = upload(store, "stage-raw")
     with object_store.reached_through(sound):
         vae = save_vae(f"s3://{BUCKET}/vae")
-    (tmp_path / "stages.py").write_text(STAGES)
     proxy = FaultyProxy(store, seed=4, rate=0.06)
     # Every kind for certain, whatever the order in which tasks ask; more by chance.
     proxy.script = [("PUT", ".parquet", fault) for fault in ("lost reply", "cut request", "error 500")]
@@ -264,9 +246,8 @@ def test_all_stages_under_ray_through_a_failing_store_equal_those_of_a_sound_one
         for prefix, url in (("sound", sound), ("failing", proxy.url)):
             reached = object_store.environment(url)
             environment = {**settings.without_ray(), **reached, "PYTHONPATH": str(ROOT)}
-            command = [sys.executable, str(tmp_path / "stages.py"), raw, f"s3://{BUCKET}/{prefix}", vae]
-            done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-3000:]
+            arguments = (raw, f"s3://{BUCKET}/{prefix}", vae)
+            output_of("tests.pipeline.store.data_stages", *arguments, environment=environment)
             made[prefix] = all_rows(client, prefix)
     finally:
         stop.set()

@@ -1,9 +1,6 @@
 """The plan of a training: its memory is what autograd keeps, its FLOPs and hours add up."""
 
 import dataclasses
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +13,9 @@ from pipeline.runtime.job_config import parse
 from pipeline.training import cost_plan, memory_cost
 from pipeline.training.cost_plan import PlanConfig
 from pipeline.training.memory_cost import Sample
+from tests.helpers.processes import ROOT, output_of
+from tests.pipeline.training import step_peak
 
-ROOT = Path(__file__).resolve().parents[3]
 NARROW: dict[str, Config] = {
     "swin_mmdit": dataclasses.replace(TINY, head_dim=64, text_dim=64),
     "3b": dataclasses.replace(SEEDVR_3B, num_heads=2, width=256, text_dim=64),
@@ -63,44 +61,17 @@ def test_a_layer_keeps_what_autograd_keeps(name):
     assert expected == pytest.approx(per_layer, rel=0.015)
 
 
-_PEAK = """
-import ctypes, dataclasses, sys, torch
-from benchmarks.memory import reset_peak, status_bytes
-from model.dit.packing import packing_plan, patch_grids
-from model.dit.rotary import window_rotation
-from model.dit.swin_mmdit import SD3_MEDIUM, SwinMMDiT
-libc = ctypes.CDLL(None)
-libc.mallopt(-3, 2**20)  # freed memory goes back, so the peak is that of the tensors
-torch.set_num_threads(1)
-config = dataclasses.replace(SD3_MEDIUM, num_layers=4, num_heads=4, text_dim=64, pooled_dim=64)
-model = SwinMMDiT(config)
-if sys.argv[1] == "recomputed":
-    model.checkpoint_activations(range(4))
-shapes, texts = [(6, 24, 48), (1, 64, 64), (3, 32, 48)], [58, 100, 154]
-video = torch.randn(sum(t * h * w for t, h, w in shapes), 33)
-text, pooled = torch.randn(sum(texts), 64), torch.randn(3, 64)
-# A small step first: torch imports 160 MB of libraries at its first checkpoint; it leaves the gradients too.
-model(video[:16], text[:2], [(1, 4, 4)], [2], torch.full((1,), 500.0), pooled[:1]).sum().backward()
-tables = packing_plan(model.layers, patch_grids(shapes, config.patch), texts, torch.device("cpu"))
-for layout in set(tables.layouts):
-    window_rotation(layout, config.head_dim)
-libc.malloc_trim(0)
-before = reset_peak()
-model(video, text, shapes, texts, torch.full((3,), 500.0), pooled).square().mean().backward()
-print(status_bytes("VmHWM") - before)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_the_peak_of_a_training_step_is_as_planned(checkpointed):
-    command = [sys.executable, "-c", _PEAK, "recomputed" if checkpointed else "kept"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    config = dataclasses.replace(paper().model or TINY, num_layers=4, num_heads=4, text_dim=64, pooled_dim=64)
-    shapes, texts = [(6, 24, 48), (1, 64, 64), (3, 32, 48)], [58, 100, 154]
-    pack = [Sample((t, h, w), t * h * w // 4, n) for (t, h, w), n in zip(shapes, texts, strict=True)]
+    found = output_of("tests.pipeline.training.step_peak", "recomputed" if checkpointed else "kept")
+    config = dataclasses.replace(paper().model or TINY, **step_peak.CHANGES)
+    pack = [
+        Sample((t, h, w), t * h * w // 4, n)
+        for (t, h, w), n in zip(step_peak.SHAPES, step_peak.TEXTS, strict=True)
+    ]
     expected = memory_cost.activation_bytes(config, pack, cuda=False, checkpointed=checkpointed)
-    assert expected == pytest.approx(int(done.stdout), rel=0.15)
+    assert expected == pytest.approx(int(found), rel=0.15)
 
 
 def test_the_papers_training_fits_and_costs_what_the_paper_says():

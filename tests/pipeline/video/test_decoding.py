@@ -2,39 +2,16 @@
 
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
-import av
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipeline.video import decoding, encoding
+from tests.helpers.clips import MEDIA, encode, moving_picture
 
-TRAILER = str(Path(__file__).parents[3] / "demo/media/trailer_bbb.mp4")
-
-
-def moving_picture(count: int = 30, height: int = 144, width: int = 256) -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    rough = rng.integers(40, 216, (6, 8, 3), dtype=np.uint8)
-    base = cv2.resize(rough, (width + 2 * count, height + count), interpolation=cv2.INTER_CUBIC)
-    return [np.ascontiguousarray(base[i : i + height, 2 * i : 2 * i + width]) for i in range(count)]
-
-
-def encode(path: Path, codec: str, pix_fmt: str, options: dict[str, str], prepare=None, frames=None) -> str:
-    frames = frames or moving_picture()
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream(codec, rate=25, options=options)
-        stream.height, stream.width, _ = frames[0].shape
-        stream.pix_fmt = pix_fmt
-        if prepare:
-            prepare(stream)
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=pix_fmt)
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
-    return str(path)
+TRAILER = str(MEDIA / "trailer_bbb.mp4")
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:

@@ -15,8 +15,7 @@ from pipeline.data.ingest import IngestConfig
 from pipeline.store import schema
 from pipeline.video.sandbox import Sandbox
 from tests.helpers import bad_decoders
-from tests.pipeline.data.test_ingest import odd_files
-from tests.pipeline.video.test_decoding import encode, moving_picture
+from tests.helpers.clips import encode, moving_picture, odd_files
 
 MUTANTS = 300
 SEED = 6

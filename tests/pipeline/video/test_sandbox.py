@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -11,8 +10,9 @@ import pytest
 
 from pipeline.video import decoding
 from pipeline.video.sandbox import MediaError, Sandbox
+from tests.helpers.clips import MEDIA
 
-TRAILER = str(Path(__file__).parents[3] / "demo/media/trailer_bbb.mp4")
+TRAILER = str(MEDIA / "trailer_bbb.mp4")
 
 
 @pytest.fixture(scope="module")

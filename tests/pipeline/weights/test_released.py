@@ -3,11 +3,7 @@
 import dataclasses
 import functools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +26,14 @@ from pipeline.training.runs import train_dit, trainer
 from pipeline.training.samples import latent_reader
 from pipeline.training.samples.batch import training_sample
 from pipeline.training.samples.sample_order import ScheduledSample
-from pipeline.video import decoding, encoding
+from pipeline.video import decoding
 from pipeline.weights import backbones, weights_folder
 from pipeline.weights.backbones import ModelConfig
 from pipeline.weights.frame_noise import frame_noise
 from tests.helpers import released_models
+from tests.helpers.clips import MEDIA, make_video
 from tests.helpers.data_root import make_data_root
-
-MEDIA = Path(__file__).resolve().parents[3] / "demo" / "media"
-ROOT = MEDIA.parents[1]
+from tests.helpers.processes import ROOT, output_of
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +53,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     odd = [f[:37, :53] for f in frames]
     (folder / "sub").mkdir()
     for name, clip in (("clip.mp4", frames), ("odd.mp4", odd[:3]), ("sub/one.mp4", frames[:1])):
-        height, width = clip[0].shape[:2]
-        with encoding.VideoWriter(str(folder / name), Fraction(25), width, height) as out:
-            for frame in clip:
-                out.write(np.ascontiguousarray(frame))
+        make_video(folder / name, clip)
     Image.fromarray(frames[0]).save(folder / "picture.jpg")
     Image.fromarray(np.ascontiguousarray(odd[0])).save(folder / "sub" / "small.png")
     return folder
@@ -346,14 +338,7 @@ def test_two_steps_change_the_weights_and_convert_back_bit_equal(kind, data, mod
 def run_convert(**settings) -> None:
     """As a user does it: a process."""
     arguments = [f"--{name}={value}" for name, value in settings.items()]
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.convert", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    output_of("jobs.convert", *arguments)
 
 
 def assert_equal(one: torch.nn.Module, other: torch.nn.Module) -> None:

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import flow, text_encoders
+from model import flow
 from model.dit.swin_mmdit import TINY, SwinMMDiT
+from model.text_encoders import TINY_ENCODERS, TextEncoders, join
 from model.vae.autoencoder import CausalVideoAutoencoder
 from pipeline.video import decoding
-from tests.helpers.data_root import MEDIA
-from tests.model.vae.test_wavelet_start import NARROW, started
+from tests.helpers.clips import MEDIA
+from tests.helpers.tiny_models import WAVELET_VAE, started_as_wavelets
 
 VIDEOS = ("cup.mp4", "box.mp4", "sintel.mp4", "pan_stream.mp4")
 IMAGES = ("cat.jpg", "coffee.jpg", "rocket.jpg", "flower.jpg")
@@ -46,10 +47,10 @@ def degraded(clips: Tensor) -> Tensor:
 
 def wavelet_vae(batches: tuple[Tensor, Tensor]) -> CausalVideoAutoencoder:
     """A narrow autoencoder as it starts out, already a codec; its latents of these clips have unit spread."""
-    vae = started(NARROW)
+    vae = started_as_wavelets(WAVELET_VAE)
     with torch.no_grad():
         spread = torch.cat([vae.encode(batch)[0].flatten() for batch in batches]).std().item()
-    scaled = CausalVideoAutoencoder(dataclasses.replace(NARROW, latent_scale=1 / spread))
+    scaled = CausalVideoAutoencoder(dataclasses.replace(WAVELET_VAE, latent_scale=1 / spread))
     scaled.load_state_dict(vae.state_dict())
     return scaled.eval().requires_grad_(False)
 

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +11,9 @@ from pipeline.training.runs import loop
 from pipeline.training.state.control import StoppedError, outcome
 from pipeline.training.state.step_guard import FaultConfig
 from tests.helpers import toy_training
+from tests.helpers.processes import output_of
 from tests.helpers.ranks import process_group
 from tests.helpers.toy_training import NoRequests, ToyConfig
-
-ROOT = Path(__file__).resolve().parents[4]
 
 
 def without_times(history: dict) -> dict:
@@ -34,8 +31,7 @@ def result(output: Path) -> tuple[dict, dict, dict]:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_three_networks_two_optimisers_two_averages_go_on_after_sigkill_to_the_bit(tmp_path):
-    command = [sys.executable, "-m", "tests.helpers.toy_training", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True)
+    output_of("tests.helpers.toy_training", str(tmp_path))
     codes = json.loads((tmp_path / "codes.json").read_text())
     assert codes["whole"] == codes["resumed"] == [0, 0]
     for killed in (codes["killed"], codes["killed again"]):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.training.runs import loggers, run_log
-from tests.pipeline.training.runs.test_train_dit import dit_config
+from tests.helpers.trainings import dit_config
 
 STEP = {"loss": 0.5, "gradient_norm": 2.0, "samples": 8, "seconds": 0.25, "wait_share": 0.01}
 

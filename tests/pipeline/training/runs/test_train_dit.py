@@ -4,8 +4,6 @@ import dataclasses
 import math
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,47 +22,15 @@ from pipeline.training.runs import train_dit, trainer
 from pipeline.training.samples import latent_reader, sample_order
 from pipeline.training.samples.batch import collate, training_sample
 from pipeline.weights import weights_folder
-from tests.helpers.processes import kill_tree
-from tests.helpers.tiny_models import DIT
-from tests.model.dit.test_swin_mmdit import sd3_transformer
-
-ROOT = Path(__file__).resolve().parents[4]
-MODEL = dataclasses.replace(DIT, text_dim=64, pooled_dim=48)
+from tests import settings
+from tests.helpers.processes import kill_tree, start, wait_for
+from tests.helpers.released_models import sd3_transformer
+from tests.helpers.trainings import MODEL, dit_config, history, losses, stage_config
 
 
 @pytest.fixture
 def data(latents_root) -> str:
     return latents_root
-
-
-def stage_config(name: str, steps: int, buckets: list[str]) -> train_dit.StageConfig:
-    return train_dit.StageConfig(name, buckets, steps, learning_rate=1e-3, tokens_per_pack=64)
-
-
-def dit_config(
-    data: str, output: Path, workers: int | tuple[int, int] = 1, **changes
-) -> train_dit.TrainDitConfig:
-    values = {
-        "model": MODEL,
-        "stages": [
-            stage_config("images", 6, ["1x64x64"]),
-            stage_config("mixed", 6, ["1x64x64", "5x64x64"]),
-        ],
-        "scale": trainer.ScaleConfig(num_workers=workers),
-        "packs_per_step": 2,
-        "checkpoint_every": 3,
-        "heldout_triples": 8,
-        **changes,
-    }
-    return train_dit.TrainDitConfig(data=data, output=f"file://{output}", **values)
-
-
-def history(output: Path, name: str) -> dict:
-    return storage.read_json(f"file://{output}/weights/{name}/history.json")
-
-
-def losses(output: Path, name: str = "dit") -> list[float]:
-    return [step["loss"] for step in history(output, name)["steps"]]
 
 
 def rate_of(stage: train_dit.StageConfig, number: int, optimiser: trainer.OptimiserConfig) -> float:
@@ -191,30 +157,20 @@ def test_killed_training_goes_on_from_its_last_checkpoint_with_equal_losses(data
     written = [dataclasses.asdict(stage) for stage in stages]
     model = {k: list(map(list, v)) if k == "windows" else v for k, v in dataclasses.asdict(MODEL).items()}
     model = {k: list(v) if isinstance(v, tuple) else v for k, v in model.items()}
-    settings = {"packs_per_step": 2, "checkpoint_every": 1, "heldout_triples": 8}
-    file.write_text(yaml.safe_dump({"stages": written, "model": model, **settings}))
+    others = {"packs_per_step": 2, "checkpoint_every": 1, "heldout_triples": 8}
+    file.write_text(yaml.safe_dump({"stages": written, "model": model, **others}))
     output = tmp_path / "killed"
-    arguments = ["--config", str(file), "--data", data, "--output", f"file://{output}"]
-    command = [sys.executable, "-m", "jobs.train_dit", *arguments]
-    environment = settings.without_ray()
+    command = ["jobs.train_dit", "--config", str(file), "--data", data, "--output", f"file://{output}"]
 
-    def start() -> subprocess.Popen:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    process = start()
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "step 8/30" in line:  # the second of the last stage
-            break
+    process = start(*command, environment=settings.without_ray())
+    wait_for(process, "step 8/30")  # the second of the last stage
     deadline = time.monotonic() + 60
     while max(map(step_of, output.glob("checkpoints/dit/*/COMPLETE")), default=0) < 7:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     kill_tree(process)
     add_latents(root)
-    resumed, _ = start().communicate(timeout=600)
+    resumed, _ = start(*command, environment=settings.without_ray()).communicate(timeout=600)
     found = re.search(r"resumed at step (\d+) ", resumed)
     assert found, resumed[-3000:]
     assert 7 <= int(found[1]) < 30

@@ -1,8 +1,6 @@
 """The autoencoder's training: real jobs of two gloo workers, and the same training in plain torch."""
 
 import dataclasses
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from model.vae.autoencoder import CausalVideoAutoencoder
 from model.vae.discriminator import DiscriminatorConfig, VideoDiscriminator
 from pipeline.data.cropping import Bucket
 from pipeline.runtime.job_config import parse
-from pipeline.store import hashing, storage
+from pipeline.store import hashing
 from pipeline.training.objectives import vae_loss
 from pipeline.training.objectives.vae_loss import AdversarialConfig
 from pipeline.training.runs import train_vae, trainer
@@ -32,11 +30,11 @@ from pipeline.video import pixel_range
 from pipeline.weights import lpips_weights, weights_folder
 from tests import settings
 from tests.helpers.data_root import make_data_root
-from tests.helpers.processes import kill_tree
+from tests.helpers.processes import ROOT, kill_tree, start, wait_for
 from tests.helpers.ranks import process_group
 from tests.helpers.tiny_models import VAE, save_vae
+from tests.helpers.trainings import history
 
-ROOT = Path(__file__).resolve().parents[4]
 LPIPS_WIDTHS = (4, 4, 8, 8, 8)  # VGG16's levels, narrow
 WORKERS = 2
 # The discriminator trains from step 1 and counts from step 4, so in 20 of 24 steps.
@@ -88,10 +86,6 @@ def vae_config(data: str, output: Path, **changes) -> train_vae.TrainVaeConfig:
         **changes,
     }
     return train_vae.TrainVaeConfig(data=data, output=f"file://{output}", **values)
-
-
-def history(output: Path) -> dict:
-    return storage.read_json(f"file://{output}/weights/vae/history.json")
 
 
 # -- the same training in plain torch -------------------------------------------------------------------
@@ -226,7 +220,7 @@ def test_twenty_gan_steps_of_two_workers_give_the_losses_of_plain_torch(
         scale=trainer.ScaleConfig(num_workers=WORKERS, zero_stage=zero_stage),
     )
     train_vae.run(config)
-    steps, expected = history(tmp_path)["steps"], plain_history(config)
+    steps, expected = history(tmp_path, "vae")["steps"], plain_history(config)
     assert sum(row["gan"] for row in steps) == 20
     for row, plain in zip(steps, expected, strict=True):
         assert plain.keys() <= row.keys()
@@ -255,27 +249,19 @@ def test_killed_training_goes_on_with_equal_losses_of_both_networks(data, tmp_pa
     file.write_text(
         yaml.safe_dump(plain_values({**dataclasses.asdict(config), "output": f"file://{output}"}))
     )
-    environment = settings.without_ray()
+    command = ["jobs.train_vae", "--config", str(file)]
 
-    def start() -> subprocess.Popen:
-        command = [sys.executable, "-m", "jobs.train_vae", "--config", str(file)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
-
-    process = start()
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "step 5/10" in line:
-            assert "discriminator" in line and "adaptive_weight" in line and "gan 1" in line
-            break
+    process = start(*command, environment=settings.without_ray())
+    line = wait_for(process, "step 5/10")
+    assert "discriminator" in line and "adaptive_weight" in line and "gan 1" in line
     deadline = time.monotonic() + 60
     while not list(output.glob("checkpoints/vae/*/COMPLETE")) and time.monotonic() < deadline:
         time.sleep(0.05)
     kill_tree(process)
-    resumed, _ = start().communicate(timeout=900)
+    resumed, _ = start(*command, environment=settings.without_ray()).communicate(timeout=900)
     assert "resumed at step" in resumed and "resumed at step 0 " not in resumed, resumed[-3000:]
-    whole = history(tmp_path / "whole")["steps"]
-    for row, again in zip(whole, history(output)["steps"], strict=True):
+    whole = history(tmp_path / "whole", "vae")["steps"]
+    for row, again in zip(whole, history(output, "vae")["steps"], strict=True):
         for name in ("loss", "l1", "kl", "generator", "discriminator"):
             assert again[name] == pytest.approx(row[name], abs=1e-6), (row["step"], name)
 
@@ -306,7 +292,7 @@ def test_the_autoencoder_trains_on_videos_and_images_and_its_loss_falls(data, tm
         validate_every=15,
     )
     train_vae.run(config)
-    log = history(tmp_path)
+    log = history(tmp_path, "vae")
     assert len(log["steps"]) == 35
     assert [row["step"] for row in log["validation"]] == [15, 30]
     assert log["validation"][1]["psnr"] > log["validation"][0]["psnr"] > 0

@@ -6,7 +6,6 @@ import json
 import pickle
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,10 +17,11 @@ import pytest
 from pipeline.store import storage
 from pipeline.training.runs import train_dit, trainer
 from pipeline.training.state import checkpoint
+from tests.helpers import processes
+from tests.helpers.processes import ROOT, wait_for
 from tests.helpers.ray_cluster import driver_environment, new_node, one_node_cluster
-from tests.helpers.tiny_models import DIT
+from tests.helpers.trainings import dit_config, history, stage_config
 
-ROOT = Path(__file__).resolve().parents[4]
 STEPS = 30
 SEED = 11
 
@@ -37,18 +37,13 @@ class Training:
     def start(self, config: train_dit.TrainDitConfig) -> subprocess.Popen[str]:
         file = self.folder / "config.pickle"
         file.write_bytes(pickle.dumps(config))
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.recording_driver", str(file), self.cluster.address],
-            cwd=ROOT,
-            env={
-                **driver_environment(),
-                "RAY_DEDUP_LOGS": "0",
-                # Ray Train may ask for a lost node's core before it knows of the loss, and waits a minute.
-                "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        # Ray Train may ask for a lost node's core before it knows of the loss, and waits a minute.
+        patience = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
+        return processes.start(
+            "tests.helpers.recording_driver",
+            str(file),
+            self.cluster.address,
+            environment={**driver_environment(), "RAY_DEDUP_LOGS": "0", **patience},
         )
 
     def kill_a_rank(self, draw: np.random.Generator) -> None:
@@ -67,17 +62,6 @@ def is_rank(process: psutil.Process) -> bool:
         return False
 
 
-def wait_for(process: subprocess.Popen[str], *texts: str) -> str:
-    """The first line with one of the texts."""
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if any(text in line for text in texts):
-            return line
-    raise AssertionError(f"ended without {texts}: " + "".join(lines[-40:]))
-
-
 def at(step: int) -> tuple[str, ...]:
     """Lines of this step, or of one of the next, should its own get lost."""
     return tuple(f"step {number}/{STEPS} " for number in range(step, step + 3))
@@ -91,10 +75,10 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 def result(output: Path) -> tuple[list[float], list[list[str]], list[int]]:
     """Of every step: the loss, the samples and the number of workers."""
-    history = storage.read_json(f"file://{output}/weights/dit/history.json")["steps"]
+    steps = history(output, "dit")["steps"]
     newest = next(iter(checkpoint._folders(f"file://{output}/checkpoints/dit")))
     seen = storage.read_json(f"{newest}/state.json")["seen"]
-    return [row["loss"] for row in history], [names for _, names in seen], [workers for workers, _ in seen]
+    return [row["loss"] for row in steps], [names for _, names in seen], [workers for workers, _ in seen]
 
 
 @pytest.fixture(scope="module")
@@ -107,16 +91,11 @@ def trainings(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, latents_root) -> train_dit.TrainDitConfig:
     """The undisturbed run's config."""
-    return train_dit.TrainDitConfig(
-        data=latents_root,
-        output=f"file://{tmp_path_factory.mktemp('whole')}",
-        model=dataclasses.replace(DIT, text_dim=64, pooled_dim=48),
-        stages=[
-            train_dit.StageConfig("images", ["1x64x64"], 10, learning_rate=1e-3, tokens_per_pack=64),
-            train_dit.StageConfig("mixed", ["1x64x64", "5x64x64"], 20, 1e-3, tokens_per_pack=64),
-        ],
+    return dit_config(
+        latents_root,
+        tmp_path_factory.mktemp("whole"),
+        stages=[stage_config("images", 10, ["1x64x64"]), stage_config("mixed", 20, ["1x64x64", "5x64x64"])],
         scale=trainer.ScaleConfig(num_workers=2, max_failures=10, resize_every_s=2),
-        packs_per_step=2,
         checkpoint_every=4,
         heldout_triples=4,
     )

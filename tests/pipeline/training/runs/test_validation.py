@@ -15,7 +15,7 @@ from pipeline.store import schema
 from pipeline.training.runs import train_dit, validation
 from tests.helpers.data_root import make_data_root
 from tests.helpers.tiny_models import save_vae
-from tests.pipeline.training.runs.test_train_dit import dit_config, history, stage_config
+from tests.helpers.trainings import dit_config, history, stage_config
 
 
 def test_the_largest_samples_are_shown_each_clip_once():

@@ -17,7 +17,7 @@ from pipeline.training.runs import train_dit
 from pipeline.training.samples import latent_reader, online_latents
 from tests.helpers.data_root import make_data_root
 from tests.helpers.tiny_models import save_vae
-from tests.pipeline.training.runs.test_train_dit import dit_config, losses, stage_config
+from tests.helpers.trainings import dit_config, losses, stage_config
 
 BUCKETS = [Bucket(1, 64, 64), Bucket(5, 64, 64)]
 
