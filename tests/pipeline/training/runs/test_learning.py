@@ -82,9 +82,9 @@ class Learner:
     def __init__(self, hq: Tensor, lq: Tensor, shapes: list, captions: list[str]) -> None:
         torch.manual_seed(0)
         self.hq, self.lq, self.shapes = hq, lq, shapes
-        encoders = text_encoders.TextEncoders(text_encoders.TINY_ENCODERS, "cpu")
+        encoders = TextEncoders(TINY_ENCODERS, "cpu")
         null, *embeddings = encoders.encode(["", *captions])
-        joined = [text_encoders.join(embedding, null, False, False, False) for embedding in embeddings]
+        joined = [join(embedding, null, False, False, False) for embedding in embeddings]
         self.texts, self.pooled = [tokens for tokens, _ in joined], torch.stack([p for _, p in joined])
         self.model = SwinMMDiT(TINY)
 
