@@ -30,6 +30,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/pylint --score n pipeline model degradations jobs demo benchmarks
 	$(BIN)/lint-imports
 
 # Two processes: what waits (for Ray to start, for a fault to be noticed) leaves the cores to the other.
