@@ -37,6 +37,7 @@ class Net(nn.Module):
 
 @contextlib.contextmanager
 def process_group(store: str, rank: int = 0, world: int = 1) -> Iterator[None]:
+    """A group of ranks, in this process for the time being; several may follow each other."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
@@ -44,7 +45,10 @@ def process_group(store: str, rank: int = 0, world: int = 1) -> Iterator[None]:
     try:
         yield
     finally:
+        from deepspeed.utils import groups  # slow to import, not for those who only collect tests
+
         dist.destroy_process_group()
+        groups._WORLD_GROUP = None  # DeepSpeed would take it for that of the next group
 
 
 class Run:
