@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import ray
 
 from pipeline.training.runs import loop, train_dit
-from pipeline.training.samples.latent_reader import Step
+from pipeline.training.samples.batch import Step
 from pipeline.training.state import ranks
 
 
