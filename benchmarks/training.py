@@ -46,6 +46,7 @@ from pipeline.store import bf16_columns, storage
 from pipeline.training.runs import train_dit, trainer
 from pipeline.training.samples import latent_reader
 from pipeline.training.samples.batch import Batch
+from pipeline.video.sandbox import shared as shared_sandbox
 from pipeline.weights import weights_folder
 
 OUT = Path("out/bench/training.json")
@@ -105,7 +106,7 @@ class Sources:
         sample = self.planned[number]
         clip, (first, top, left) = sample["clip"], sample["crop"]
         window = (top, left, BUCKET.height, BUCKET.width)
-        sandbox = precompute.shared_sandbox(self.config.decode_seconds)
+        sandbox = shared_sandbox(self.config.decode_seconds)
         path = storage.path_of(clip["uri"])
         return sandbox.call(read_crop, clip, path, first, BUCKET.frames, window)
 
