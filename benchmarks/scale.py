@@ -11,19 +11,16 @@ and run again. Writes out/bench/scale.json and the curve, scale.png.
 import argparse
 import csv
 import json
-import signal
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.memory import status_bytes
+from benchmarks.memory import reset_peak, status_bytes
 from model.text_encoders import TINY_ENCODERS
 from pipeline.data import cropping, ingest, precompute
 from pipeline.data import filter as filter_stage
@@ -36,6 +33,7 @@ OUT = Path("out/bench")
 SIZES = (100_000, 300_000, 1_000_000)
 PHASES = ("listing", "thresholding", "planning")
 CLIPS_A_SOURCE = 50
+COST = "cost.json"
 _FILE_ROWS = 4096
 _FINGERPRINT = "scale"
 THRESHOLDS = {"sharpness": Threshold(min=5.0), "niqe": Threshold(max=9.5), "motion": Threshold(max=0.99)}
@@ -120,18 +118,36 @@ def work(phase: str, root: Path) -> int:
     return work_plan.plan(f"file://{root}/planning", rows, "sample_id", _FINGERPRINT, 64).rows
 
 
-def start(phase: str, root: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "benchmarks.scale", "--phase", phase, "--root", str(root)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def measure(phase: str, root: Path) -> None:
+    """Do a phase's work in this process and write what it cost."""
+    begin, libraries = time.monotonic(), reset_peak()
+    rows = work(phase, root)
+    seconds, peak = time.monotonic() - begin, status_bytes("VmHWM")
+    cost = {
+        "rows": rows,
+        "seconds": seconds,
+        "rows_per_s": rows / seconds,
+        "peak_gib": peak / 2**30,
+        "above_libraries_mib": (peak - libraries) / 2**20,
+    }
+    (root / COST).write_text(json.dumps(cost))
+
+
+def start(phase: str, root: Path) -> multiprocessing.process.BaseProcess:
+    """A phase in a process of its own, forked from one that has imported everything."""
+    multiprocessing.set_forkserver_preload(["benchmarks.scale"])
+    process = multiprocessing.get_context("forkserver").Process(target=measure, args=(phase, root))
+    process.start()
+    return process
 
 
 def measured(phase: str, root: Path) -> dict[str, Any]:
-    """{rows, seconds, peak_gib} of a phase in its own process."""
+    """What a phase cost, in its own process."""
     process = start(phase, root)
-    output, _ = process.communicate()
-    if process.returncode:
+    process.join()
+    if process.exitcode:
         raise RuntimeError(f"{phase} failed")
-    return json.loads(output.splitlines()[-1])
+    return json.loads((root / COST).read_text())
 
 
 def planned_ids(folder: str) -> list[str]:
@@ -147,11 +163,11 @@ def killed_and_run_again(root: Path, phase: str) -> dict[str, Any]:
     storage.remove_folder(folder)
     process = start(phase, root)
     while len(parquet.parquet_files(storage.join(folder, work_plan.PLANS))) < max(1, files // 2):
-        if process.poll() is not None:
+        if process.exitcode is not None:
             raise RuntimeError(f"{phase} ended before it could be killed")
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     kept = len(planned_ids(folder))
     again = measured(phase, root)
     after = planned_ids(folder)
@@ -180,15 +196,18 @@ def run(sizes: tuple[int, ...]) -> dict[str, Any]:
 
 def growth(curve: list[dict[str, Any]]) -> dict[str, Any]:
     """By phase, from the smallest to the largest size: what memory and rows/s became of 1."""
-    found: dict[str, Any] = {"memory_growth": {}, "speed_ratio": {}}
+    found: dict[str, Any] = {"memory_growth": {}, "memory_growth_mib": {}, "speed_ratio": {}}
     for phase in PHASES:
         rows = [row for row in curve if row["phase"] == phase]
         found["memory_growth"][phase] = rows[-1]["peak_gib"] / rows[0]["peak_gib"]
+        found["memory_growth_mib"][phase] = rows[-1]["above_libraries_mib"] - rows[0]["above_libraries_mib"]
         found["speed_ratio"][phase] = rows[-1]["rows_per_s"] / rows[0]["rows_per_s"]
     return {**found, "peak_gib": max(row["peak_gib"] for row in curve)}
 
 
 def plot(curve: list[dict[str, Any]]) -> None:
+    import matplotlib  # takes time and memory that the measured processes would have too
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -206,17 +225,7 @@ def plot(curve: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="numbers of clips")
-    parser.add_argument("--phase", choices=PHASES, help="do one phase below --root and print its cost")
-    parser.add_argument("--root", type=Path, help="a folder that this benchmark has filled")
     arguments = parser.parse_args()
-    if arguments.phase:
-        begin = time.monotonic()
-        rows = work(arguments.phase, arguments.root)
-        seconds = time.monotonic() - begin
-        peak_gib = status_bytes("VmHWM") / 2**30
-        cost = {"rows": rows, "seconds": seconds, "rows_per_s": rows / seconds, "peak_gib": peak_gib}
-        print(json.dumps(cost), flush=True)
-        return
     result = run(tuple(arguments.sizes))
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "scale.json").write_text(json.dumps(result, indent=1))

@@ -11,9 +11,7 @@ _CLUSTERS = (
     "tests/demo/test_demo.py",
     "tests/deploy/test_scaling.py",
     "tests/pipeline/data/test_kills.py",
-    "tests/pipeline/training/runs/test_train_dit.py",
     "tests/pipeline/training/runs/test_training_faults.py",
-    "tests/pipeline/training/runs/test_train_vae.py",
 )
 """Files whose tests start clusters, or kill at a moment that they chose: one after the other."""
 

@@ -9,6 +9,8 @@ _RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Each node looks at all its processes so often, for a dashboard that nobody looks at.
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    # For new log files twice a second, not ten times.
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
     # Workers would run at 15, and starve beside the other pytest process or whatever else is at work.
     "RAY_worker_niceness": "0",
     # A node that was killed is found dead after 5 s, not 15.

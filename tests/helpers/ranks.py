@@ -1,9 +1,10 @@
-"""A small training with DeepSpeed on some ranks of this machine, without Ray."""
+"""Trainings with DeepSpeed on some ranks of this machine, without Ray."""
 
 import contextlib
 import json
+import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 from torch import nn
 
-from pipeline.training.runs import trainer
+from pipeline.training.runs import loop, trainer
 from pipeline.training.state import deepspeed_adapter, ranks
 from pipeline.training.state.checkpoint import Checkpoints
 from pipeline.training.state.ema import MovingAverage
@@ -101,7 +102,36 @@ def _rank(rank: int, world: int, folder: str, work: Any, arguments: tuple[Any, .
 
 
 def on_ranks(world: int, folder: Path, work: Any, *arguments: Any) -> Any:
-    """What `work` gives on rank 0 of a fresh group of processes, through JSON."""
+    """What `work` gives on rank 0 of a fresh group of processes, through JSON.
+
+    They are forked from one process that has imported what ranks import, which takes each several seconds.
+    """
     folder.mkdir(parents=True)
-    processes.spawn(_rank, (world, str(folder), work, arguments), nprocs=world)
+    multiprocessing.set_forkserver_preload(["tests.helpers.rank_imports"])
+    processes.start_processes(
+        _rank, (world, str(folder), work, arguments), nprocs=world, start_method="forkserver"
+    )
     return json.loads((folder / "found.json").read_text())
+
+
+class NoRequests:
+    """To a loop: nobody outside asks for anything."""
+
+    def requests(self, device: torch.device) -> tuple[bool, bool]:
+        return False, False
+
+    def saved(self, over: bool = False) -> None:
+        pass
+
+
+Build = Callable[[Any], loop.Training]
+
+
+def _train(trainings: list[tuple[Build, Any]]) -> None:
+    for build, config in trainings:
+        loop.run(build, config, NoRequests())
+
+
+def train(world: int, folder: Path, *trainings: tuple[Build, Any]) -> None:
+    """Each of these trainings (what builds it, its config) to its end, one after the other."""
+    on_ranks(world, folder, _train, list(trainings))

@@ -25,7 +25,7 @@ from pipeline.training.runs import loop, trainer
 from pipeline.training.state import ranks
 from pipeline.training.state.ema import MovingAverage
 from pipeline.training.state.step_guard import FaultConfig
-from tests.helpers.ranks import process_group
+from tests.helpers.ranks import NoRequests, process_group
 
 WIDTH, SAMPLES = 6, 8
 
@@ -48,16 +48,6 @@ class ToyConfig:
     @property
     def total_steps(self) -> int:
         return sum(self.stages)
-
-
-class NoRequests:
-    """Nobody outside asks for anything."""
-
-    def requests(self, device: torch.device) -> tuple[bool, bool]:
-        return False, False
-
-    def saved(self, over: bool = False) -> None:
-        pass
 
 
 def networks() -> dict[str, nn.Module]:

@@ -3,7 +3,6 @@ trainings, weights, a restoration that was killed. Each test has a copy of its o
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from pipeline.training.runs import train_dit, train_vae, trainer
 from pipeline.video import decoding
 from pipeline.weights.backbones import ModelConfig
 from tests.helpers import object_store
+from tests.helpers.ranks import Build, train
 
 RECORDED = Path(__file__).resolve().parents[1] / "data" / "v0.1.0"
 RECORDED_AT = "file:///srv/openseedvr"
@@ -259,12 +259,13 @@ def test_selection_is_rebuilt_from_its_scores(moved, local_ray):
 # -- trainings --------------------------------------------------------------------------------------------
 
 
-def goes_on(run: Path, name: str, train: Callable[[], Any], terms: tuple[str, ...]) -> None:
+def goes_on(moved: Path, name: str, build: Build, config: Any, terms: tuple[str, ...]) -> None:
     """Train on from the only checkpoint there is; the recorded run was not interrupted at it."""
+    run = moved / "run"
     (checkpoint,) = (run / "checkpoints" / name).iterdir()
     done = len(json.loads((checkpoint / "state.json").read_text())["history"])
     shutil.rmtree(run / "weights" / name)
-    train()
+    train(2, moved / "ranks", (build, config))
     history, expected = (
         json.loads((folder / "weights" / name / "history.json").read_text())
         for folder in (run, RECORDED / "run")
@@ -283,16 +284,16 @@ def goes_on(run: Path, name: str, train: Callable[[], Any], terms: tuple[str, ..
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_transformer_trains_on_from_its_checkpoint(moved, local_ray):
+def test_the_transformer_trains_on_from_its_checkpoint(moved):
     terms = ("loss", "gradient_norm", "learning_rate")
-    goes_on(moved / "run", "dit", lambda: train_dit.run(train_dit_config(moved)), terms)
+    goes_on(moved, "dit", train_dit.build, train_dit_config(moved), terms)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_autoencoder_and_its_discriminator_train_on_from_their_checkpoint(moved, local_ray):
+def test_the_autoencoder_and_its_discriminator_train_on_from_their_checkpoint(moved):
     terms = ("loss", "l1", "kl", "generator", "discriminator", "latent_std")
-    goes_on(moved / "run", "vae", lambda: train_vae.run(train_vae_config(moved)), terms)
+    goes_on(moved, "vae", train_vae.build, train_vae_config(moved), terms)
 
 
 def test_no_checkpoint_holds_a_pickle():

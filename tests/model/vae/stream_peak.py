@@ -1,4 +1,4 @@
-"""Peak memory of a stream at 256x256, in bytes: DIRECTION FRAMES BAND_PIXELS.
+"""Peak memory of streams at 256x256, in bytes, a line each: DIRECTION BAND_PIXELS FRAMES...
 
 DIRECTION: encode or decode. BAND_PIXELS: 0 for no bands.
 """
@@ -38,10 +38,11 @@ def stream(
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
-    direction, frames, band_pixels = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) or None
+    direction, band_pixels = sys.argv[1], int(sys.argv[2]) or None
     vae = CausalVideoAutoencoder(CONFIG)
     list(stream(vae, direction, 5, 64, band_pixels))
-    start = reset_peak()
-    for _ in stream(vae, direction, frames, SIZE, band_pixels):
-        pass
-    print(status_bytes("VmHWM") - start)
+    for frames in map(int, sys.argv[3:]):
+        start = reset_peak()
+        for _ in stream(vae, direction, frames, SIZE, band_pixels):
+            pass
+        print(status_bytes("VmHWM") - start)

@@ -76,7 +76,7 @@ def test_longer_ones_too(tiny, frames):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("height", "width"), [(1080, 1920), (719, 1279), (1, 8), (2, 1000)])
+@pytest.mark.parametrize(("height", "width"), [(1080, 16), (719, 1279), (1, 8), (2, 1000)])
 def test_any_size_comes_back_as_it_was(tiny, height, width):
     check_size(tiny, 2, height, width)
 

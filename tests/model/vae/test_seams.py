@@ -25,9 +25,10 @@ RANDOM = AutoencoderConfig(
     latent_scale=0.9152,
     latent_shift=0.0,
 )
-HEIGHT, WIDTH = 1080, 1920
-BAND_PIXELS = 512**2
-"""136 rows of 1920 pixels at the highest resolution: 7 borders, and others at each level below."""
+HEIGHT, WIDTH = 1080, 480
+"""The middle quarter of 1080p: bands go over the whole width, so all columns meet the same borders."""
+BAND_PIXELS = 512**2 // 4
+"""136 rows at the highest resolution, as of the whole width: 7 borders, and others at each level below."""
 
 
 @pytest.fixture(autouse=True)
@@ -46,12 +47,13 @@ def autoencoder() -> CausalVideoAutoencoder:
 
 @pytest.fixture(scope="module")
 def stills() -> Tensor:
-    """Two real pictures at 1080p: (2, 3, 1, 1080, 1920) in [-1, 1]."""
+    """The middle of two real pictures at 1080p: (2, 3, 1, HEIGHT, WIDTH) in [-1, 1]."""
     frames = []
     for name in ("autumn_hills.jpg", "china.jpg"):
         with Image.open(ROOT / "demo" / "media" / name) as picture:
-            resized = picture.convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
-        frames.append(pil_to_tensor(resized).float()[:, None] / 127.5 - 1)
+            resized = picture.convert("RGB").resize((1920, HEIGHT), Image.Resampling.LANCZOS)
+        middle = pil_to_tensor(resized)[:, None, :, 720 : 720 + WIDTH]
+        frames.append(middle.float() / 127.5 - 1)
     return torch.stack(frames)
 
 

@@ -11,11 +11,13 @@ from pipeline.data import filter as filter_stage
 from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.data.scorers import learned, scorer_config
 from pipeline.data.scorers.scorer_config import ScorersConfig
+from pipeline.runtime import stage
 from pipeline.store import hashing, parquet, schema, storage
 from pipeline.video import decoding
 from tests.helpers.clips import MEDIA
 from tests.helpers.data_root import make_data_root, rows_by_id
 from tests.helpers.random_scorers import RN, VIT, as_google, random_state, seeded_musiq, tiny_clip
+from tests.helpers.shards import run_here
 
 IMAGE = "fig.jpg"
 
@@ -95,7 +97,10 @@ def test_only_what_passes_is_scored_and_only_what_lacks_is_computed(exposures, c
 
 
 @pytest.mark.slow
-def test_another_scorer_is_computed_alone_and_other_weights_replace_only_their_own_scores(exposures, clips):
+def test_another_scorer_is_computed_alone_and_other_weights_replace_only_their_own_scores(
+    exposures, clips, monkeypatch
+):
+    monkeypatch.setattr(stage, "run_shards", run_here)  # the actor of each run would import everything anew
     data, exposure = exposures
     ordered = list(exposure)
     loose = exposure[ordered[1]]
@@ -132,7 +137,8 @@ def selection_of(config: FilterConfig) -> dict[str, dict]:
     return selection(config.data)
 
 
-def test_a_clip_that_cannot_be_read_any_more_is_an_error_row(tmp_path, local_ray, clips):
+def test_a_clip_that_cannot_be_read_any_more_is_an_error_row(tmp_path, local_ray, clips, monkeypatch):
+    monkeypatch.setattr(stage, "run_shards", run_here)
     data = make_data_root(tmp_path, ["cup.mp4"], [], frames=4)
     networks = ScorersConfig(clip_iqa=clips["clip_iqa"], frames=2)
     filter_stage.run(FilterConfig(data=data, thresholds={}, niqe_frames=0))

@@ -6,6 +6,8 @@ import io
 import itertools
 import json
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +28,7 @@ from tests import settings
 from tests.helpers import object_store
 from tests.helpers.clips import MEDIA
 from tests.helpers.object_store import BUCKET, FaultyProxy
-from tests.helpers.processes import ROOT, output_of
+from tests.helpers.processes import ROOT
 from tests.helpers.tiny_models import save_vae
 
 FILES = ["cup.mp4", "fig.jpg", "box.mp4", "pan_dogs.mp4"]
@@ -219,16 +221,13 @@ def all_rows(client, prefix: str) -> dict[str, list[dict]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_all_stages_under_ray_through_a_failing_store_equal_those_of_a_sound_one(store):
+def test_all_stages_under_ray_through_a_failing_store_equal_those_of_a_sound_one(store, tmp_path):
     sound = "http://{}:{}".format(*store)
     client = object_store.client(sound)
     raw = upload(store, "stage-raw")
     with object_store.reached_through(sound):
         vae = save_vae(f"s3://{BUCKET}/vae")
-    proxy = FaultyProxy(store, seed=4, rate=0.06)
-    # Every kind for certain, whatever the order in which tasks ask; more by chance.
-    proxy.script = [("PUT", ".parquet", fault) for fault in ("lost reply", "cut request", "error 500")]
-    proxy.script += [("GET", ".parquet", fault) for fault in ("cut reply", "time-out")]
+    proxy = FaultyProxy(store, seed=4)
     stop, torn = threading.Event(), []
 
     def watch() -> None:
@@ -241,20 +240,33 @@ def test_all_stages_under_ray_through_a_failing_store_equal_those_of_a_sound_one
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    made = {}
+    roots = {prefix: f"s3://{BUCKET}/{prefix}" for prefix in ("sound", "failing")}
+    reached = object_store.environment(proxy.url)
+    stages = subprocess.Popen(
+        [sys.executable, "-m", "tests.pipeline.store.data_stages", raw, vae, *roots.values()],
+        cwd=ROOT,
+        env={**settings.without_ray(), **reached, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=(tmp_path / "errors.txt").open("w"),
+        text=True,
+    )
+    assert stages.stdin is not None and stages.stdout is not None
     try:
-        for prefix, url in (("sound", sound), ("failing", proxy.url)):
-            reached = object_store.environment(url)
-            environment = {**settings.without_ray(), **reached, "PYTHONPATH": str(ROOT)}
-            arguments = (raw, f"s3://{BUCKET}/{prefix}", vae)
-            output_of("tests.pipeline.store.data_stages", *arguments, environment=environment)
-            made[prefix] = all_rows(client, prefix)
+        assert stages.stdout.readline() == "done\n", (tmp_path / "errors.txt").read_text()[-3000:]
+        proxy.rate = 0.06
+        # Every kind for certain, whatever the order in which tasks ask; more by chance.
+        proxy.script = [("PUT", ".parquet", fault) for fault in ("lost reply", "cut request", "error 500")]
+        proxy.script += [("GET", ".parquet", fault) for fault in ("cut reply", "time-out")]
+        told, _ = stages.communicate("go on\n\n")
+        assert told == "done\n", (tmp_path / "errors.txt").read_text()[-3000:]
     finally:
         stop.set()
         watcher.join()
         proxy.shutdown()
         proxy.server_close()
     assert not torn
+    made = {prefix: all_rows(client, prefix) for prefix in roots}
     assert all(proxy.happened[fault] for fault in object_store.FAULTS), proxy.happened
     assert proxy.happened["lost reply PUT"] and proxy.happened["cut request PUT"], proxy.happened
     tables = ("clips", "scores", "selection", "text", "latents", "latents/_index")

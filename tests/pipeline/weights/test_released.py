@@ -34,6 +34,7 @@ from tests.helpers import released_models
 from tests.helpers.clips import MEDIA, make_video
 from tests.helpers.data_root import make_data_root
 from tests.helpers.processes import ROOT, output_of
+from tests.helpers.ranks import train
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +295,7 @@ def test_data_that_does_not_fit_the_network_stops_before_ray(data, model_of, tmp
 @pytest.mark.parametrize("kind", ["seedvr-3b", "seedvr-7b"])
 def test_two_steps_change_the_weights_and_convert_back_bit_equal(kind, data, model_of, tmp_path):
     model = model_of(kind)
-    train_dit.run(tuning(data, model, tmp_path))
+    train(1, tmp_path / "ranks", (train_dit.build, tuning(data, model, tmp_path)))
     before, _ = backbones.load_transformer(backbones.BackboneConfig(model.weights, kind), torch.float32)
     tuned, prompts = weights_folder.load_dit(f"file://{tmp_path}/weights/dit")
     changed = [name for name, p in tuned.named_parameters() if not torch.equal(p, before.get_parameter(name))]

@@ -12,8 +12,8 @@ from pipeline.training.state.control import StoppedError, outcome
 from pipeline.training.state.step_guard import FaultConfig
 from tests.helpers import toy_training
 from tests.helpers.processes import output_of
-from tests.helpers.ranks import process_group
-from tests.helpers.toy_training import NoRequests, ToyConfig
+from tests.helpers.ranks import NoRequests, process_group
+from tests.helpers.toy_training import ToyConfig
 
 
 def without_times(history: dict) -> dict:

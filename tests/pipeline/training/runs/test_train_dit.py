@@ -1,4 +1,4 @@
-"""Trainings as real jobs: gloo workers under Ray Train and DeepSpeed ZeRO."""
+"""The transformer's training: on gloo ranks with each stage of ZeRO, and as a job that is killed."""
 
 import dataclasses
 import math
@@ -24,11 +24,12 @@ from pipeline.training.samples.batch import collate, training_sample
 from pipeline.weights import weights_folder
 from tests import settings
 from tests.helpers.processes import kill_tree, start, wait_for
+from tests.helpers.ranks import train
 from tests.helpers.released_models import sd3_transformer
 from tests.helpers.trainings import MODEL, dit_config, history, losses, stage_config
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def data(latents_root) -> str:
     return latents_root
 
@@ -94,32 +95,49 @@ def test_training_starts_from_sd3(tmp_path, capsys):
 @pytest.mark.slow
 def test_compiled_mlps_train_as_others_do(data, tmp_path):
     config = dit_config(data, tmp_path, stages=[stage_config("images", 3, ["1x64x64"])], compile_mlps=True)
-    train_dit.run(config)
+    train(1, tmp_path / "ranks", (train_dit.build, config))
     torch.testing.assert_close(losses(tmp_path), plain_losses(config), rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_two_workers_give_the_losses_of_plain_torch_with_every_zero_stage(data, tmp_path, zero_stage):
-    scale = trainer.ScaleConfig(num_workers=2, zero_stage=zero_stage)
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> tuple[Path, list[float]]:
+    """Two ranks' trainings with ZeRO 1, 2 and 3, in folders of these names; and the losses of plain torch."""
+    folder = tmp_path_factory.mktemp("zero")
     stages = [
         stage_config("images", 8, ["1x64x64"]),
         stage_config("mixed", 12, ["1x64x64", "5x64x64"]),
     ]
     optimiser = trainer.OptimiserConfig(warmup_steps=2, schedule="cosine")
-    config = dit_config(data, tmp_path, scale=scale, stages=stages, optimiser=optimiser)
-    train_dit.run(config)
-    assert len(losses(tmp_path)) == 20
-    torch.testing.assert_close(losses(tmp_path), plain_losses(config), rtol=0, atol=1e-4)
-    held_out = history(tmp_path, "dit")["held_out"]
+    configs = [
+        dit_config(
+            data,
+            folder / str(zero_stage),
+            scale=trainer.ScaleConfig(num_workers=2, zero_stage=zero_stage),
+            stages=stages,
+            optimiser=optimiser,
+        )
+        for zero_stage in (1, 2, 3)
+    ]
+    train(2, folder / "ranks", *[(train_dit.build, config) for config in configs])
+    return folder, plain_losses(configs[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_two_workers_give_the_losses_of_plain_torch_with_every_zero_stage(trained, zero_stage):
+    folder, expected = trained
+    output = folder / str(zero_stage)
+    assert len(losses(output)) == 20
+    torch.testing.assert_close(losses(output), expected, rtol=0, atol=1e-4)
+    held_out = history(output, "dit")["held_out"]
     assert [row["stage"] for row in held_out] == ["images", "mixed"]
     assert all(row["triples"] == 8 and row["after"] != row["before"] for row in held_out)
     # What restore loads: the moving average, with the empty prompt beside it.
-    model, prompts = weights_folder.load_dit(f"file://{tmp_path}/weights/dit")
+    model, prompts = weights_folder.load_dit(f"file://{output}/weights/dit")
     assert prompts.null.shape[1] == MODEL.text_dim and prompts.pooled is not None
     assert any(parameter.abs().max() > 0 for parameter in model.parameters())
-    assert list((tmp_path / "tensorboard" / "dit").glob("events.out.tfevents.*"))
+    assert list((output / "tensorboard" / "dit").glob("events.out.tfevents.*"))
 
 
 def step_of(complete: Path) -> int:
@@ -152,7 +170,7 @@ def test_killed_training_goes_on_from_its_last_checkpoint_with_equal_losses(data
     data = f"file://{root}"
     stages = [stage_config("images", 6, ["1x64x64"]), stage_config("mixed", 24, ["1x64x64", "5x64x64"])]
     config = dit_config(data, tmp_path / "whole", stages=stages)
-    train_dit.run(config)
+    train(1, tmp_path / "ranks", (train_dit.build, config))
     file = tmp_path / "train.yaml"
     written = [dataclasses.asdict(stage) for stage in stages]
     model = {k: list(map(list, v)) if k == "windows" else v for k, v in dataclasses.asdict(MODEL).items()}

@@ -1,4 +1,4 @@
-"""The autoencoder's training: real jobs of two gloo workers, and the same training in plain torch."""
+"""The autoencoder's training: on two gloo ranks, as jobs that are killed or diverge, and in plain torch."""
 
 import dataclasses
 import time
@@ -31,7 +31,7 @@ from pipeline.weights import lpips_weights, weights_folder
 from tests import settings
 from tests.helpers.data_root import make_data_root
 from tests.helpers.processes import ROOT, kill_tree, start, wait_for
-from tests.helpers.ranks import process_group
+from tests.helpers.ranks import process_group, train
 from tests.helpers.tiny_models import VAE, save_vae
 from tests.helpers.trainings import history
 
@@ -205,29 +205,74 @@ def plain_update(adam: torch.optim.Optimizer, loss: Tensor, rate: float) -> None
     adam.step()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-@pytest.mark.parametrize("zero_stage", [1, 2])
-def test_twenty_gan_steps_of_two_workers_give_the_losses_of_plain_torch(
-    data, tmp_path, local_ray, zero_stage
-):
-    config = vae_config(
+def gan_config(data: str, output: Path, zero_stage: int, perceptual: str) -> train_vae.TrainVaeConfig:
+    return vae_config(
         data,
-        tmp_path,
-        perceptual=save_lpips(tmp_path),
+        output,
+        perceptual=perceptual,
         kl_weight=1e-3,
         adversarial=ADVERSARIAL,
         scale=trainer.ScaleConfig(num_workers=WORKERS, zero_stage=zero_stage),
     )
-    train_vae.run(config)
-    steps, expected = history(tmp_path, "vae")["steps"], plain_history(config)
+
+
+def learning_config(data: str, output: Path) -> train_vae.TrainVaeConfig:
+    return train_vae.TrainVaeConfig(
+        data=data,
+        output=f"file://{output}",
+        model=VAE,
+        perceptual="none",
+        stages=[
+            train_vae.VaeStageConfig(Bucket(5, 32, 32), 30, 2e-3, crops_per_worker=4),
+            train_vae.VaeStageConfig(Bucket(9, 32, 32), 5, 1e-3, crops_per_worker=2),
+        ],
+        optimiser=trainer.OptimiserConfig(ema_decay=0.9, weight_decay=0.0),
+        scale=trainer.ScaleConfig(num_workers=WORKERS),
+        heldout_crops=8,
+        checkpoint_every=20,
+        validate_every=15,
+    )
+
+
+KILLED = {
+    "stages": [train_vae.VaeStageConfig(Bucket(5, 32, 32), 10, 1e-3, crops_per_worker=2)],
+    "adversarial": dataclasses.replace(ADVERSARIAL, learning_rate=1e-3, start_step=0, warmup_steps=1),
+    "checkpoint_every": 3,
+}
+"""What differs in the training that is killed."""
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Path:
+    """Trainings on two ranks: with a discriminator and ZeRO 1 and 2 (folders 1, 2), without (learns), and the
+    one that is killed elsewhere (whole)."""
+    folder = tmp_path_factory.mktemp("trained")
+    configs = [
+        *(gan_config(data, folder / str(stage), stage, save_lpips(folder)) for stage in (1, 2)),
+        learning_config(data, folder / "learns"),
+        vae_config(data, folder / "whole", **KILLED),
+    ]
+    train(WORKERS, folder / "ranks", *[(train_vae.build, config) for config in configs])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(data, trained) -> list[dict[str, float]]:
+    return plain_history(gan_config(data, trained / "plain", 1, f"file://{trained}"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_twenty_gan_steps_of_two_workers_give_the_losses_of_plain_torch(trained, plain, zero_stage):
+    steps = history(trained / str(zero_stage), "vae")["steps"]
     assert sum(row["gan"] for row in steps) == 20
-    for row, plain in zip(steps, expected, strict=True):
-        assert plain.keys() <= row.keys()
-        for name in plain:
+    for row, expected in zip(steps, plain, strict=True):
+        assert expected.keys() <= row.keys()
+        for name in expected:
             # The weight is a ratio of two small gradients: fp32 rounding was measured to move it by 0.12 %.
-            tolerance = 0.01 * plain[name] if name == "adaptive_weight" else 1e-4
-            assert row[name] == pytest.approx(plain[name], abs=tolerance), (row["step"], name)
+            tolerance = 0.01 * expected[name] if name == "adaptive_weight" else 1e-4
+            assert row[name] == pytest.approx(expected[name], abs=tolerance), (row["step"], name)
 
 
 # -- what users see -------------------------------------------------------------------------------------
@@ -235,15 +280,9 @@ def test_twenty_gan_steps_of_two_workers_give_the_losses_of_plain_torch(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_killed_training_goes_on_with_equal_losses_of_both_networks(data, tmp_path, local_ray):
+def test_killed_training_goes_on_with_equal_losses_of_both_networks(data, trained, tmp_path):
     """SIGKILL of everything after the first checkpoint, the discriminator already counting."""
-    changes = {
-        "stages": [train_vae.VaeStageConfig(Bucket(5, 32, 32), 10, 1e-3, crops_per_worker=2)],
-        "adversarial": dataclasses.replace(ADVERSARIAL, learning_rate=1e-3, start_step=0, warmup_steps=1),
-        "checkpoint_every": 3,
-    }
-    config = vae_config(data, tmp_path / "whole", **changes)
-    train_vae.run(config)
+    config = vae_config(data, trained / "whole", **KILLED)
     output = tmp_path / "killed"
     file = tmp_path / "train.yaml"
     file.write_text(
@@ -260,7 +299,7 @@ def test_killed_training_goes_on_with_equal_losses_of_both_networks(data, tmp_pa
     kill_tree(process)
     resumed, _ = start(*command, environment=settings.without_ray()).communicate(timeout=900)
     assert "resumed at step" in resumed and "resumed at step 0 " not in resumed, resumed[-3000:]
-    whole = history(tmp_path / "whole", "vae")["steps"]
+    whole = history(trained / "whole", "vae")["steps"]
     for row, again in zip(whole, history(output, "vae")["steps"], strict=True):
         for name in ("loss", "l1", "kl", "generator", "discriminator"):
             assert again[name] == pytest.approx(row[name], abs=1e-6), (row["step"], name)
@@ -275,37 +314,22 @@ def plain_values(value):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_autoencoder_trains_on_videos_and_images_and_its_loss_falls(data, tmp_path, local_ray):
-    config = train_vae.TrainVaeConfig(
-        data=data,
-        output=f"file://{tmp_path}",
-        model=VAE,
-        perceptual="none",
-        stages=[
-            train_vae.VaeStageConfig(Bucket(5, 32, 32), 30, 2e-3, crops_per_worker=4),
-            train_vae.VaeStageConfig(Bucket(9, 32, 32), 5, 1e-3, crops_per_worker=2),
-        ],
-        optimiser=trainer.OptimiserConfig(ema_decay=0.9, weight_decay=0.0),
-        scale=trainer.ScaleConfig(num_workers=2),
-        heldout_crops=8,
-        checkpoint_every=20,
-        validate_every=15,
-    )
-    train_vae.run(config)
-    log = history(tmp_path, "vae")
+def test_the_autoencoder_trains_on_videos_and_images_and_its_loss_falls(trained):
+    output = trained / "learns"
+    log = history(output, "vae")
     assert len(log["steps"]) == 35
     assert [row["step"] for row in log["validation"]] == [15, 30]
     assert log["validation"][1]["psnr"] > log["validation"][0]["psnr"] > 0
-    read = EventAccumulator(str(tmp_path / "tensorboard" / "vae"))
+    read = EventAccumulator(str(output / "tensorboard" / "vae"))
     read.Reload()
     assert len([tag for tag in read.Tags()["images"] if tag.startswith("validation/crop_")]) == 4
     first, second = log["held_out"]
     assert first["after"] < 0.95 * first["before"]
     assert first["psnr_after"] > first["psnr_before"]
     assert second["stage"] == "9x32x32"
-    vae = weights_folder.load_vae(f"file://{tmp_path}/weights/vae")
+    vae = weights_folder.load_vae(f"file://{output}/weights/vae")
     # The latents that the transformer will see have about unit spread, whatever the training gave.
-    scale = weights_folder.describe(f"file://{tmp_path}/weights/vae")["config"]["latent_scale"]
+    scale = weights_folder.describe(f"file://{output}/weights/vae")["config"]["latent_scale"]
     spread = log["steps"][-1]["latent_std"]
     assert scale == pytest.approx(1 / spread, rel=0.3)
     assert vae.config.latent_scale == scale

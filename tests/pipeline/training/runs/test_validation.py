@@ -14,6 +14,7 @@ from pipeline.data.cropping import Bucket
 from pipeline.store import schema
 from pipeline.training.runs import train_dit, validation
 from tests.helpers.data_root import make_data_root
+from tests.helpers.ranks import train
 from tests.helpers.tiny_models import save_vae
 from tests.helpers.trainings import dit_config, history, stage_config
 
@@ -39,7 +40,7 @@ def test_scores_compare_with_the_truth_and_niqe_only_where_it_can_be_told():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_run_shows_restored_clips_and_what_its_steps_did(tmp_path, local_ray, capfd):
+def test_a_run_shows_restored_clips_and_what_its_steps_did(tmp_path, local_ray):
     data = make_data_root(tmp_path / "data", ["cup.mp4", "fig.jpg"], ["box.mp4", "cat.jpg"])
     vae = save_vae(tmp_path / "vae")
     buckets = [Bucket(1, 96, 192), Bucket(5, 64, 64)]
@@ -55,7 +56,7 @@ def test_a_run_shows_restored_clips_and_what_its_steps_did(tmp_path, local_ray, 
         validation=validation.ValidationConfig(every=3, vae=vae, clips=2, steps=2),
         heldout_triples=4,
     )
-    train_dit.run(config)
+    train(2, tmp_path / "ranks", (train_dit.build, config))
     steps = history(tmp_path / "out", "dit")["steps"]
     assert len(steps) == 6
     for step in steps:

@@ -16,16 +16,12 @@ from pipeline.store import schema, storage
 from pipeline.training.runs import train_dit
 from pipeline.training.samples import latent_reader, online_latents
 from tests.helpers.data_root import make_data_root
+from tests.helpers.ranks import train
+from tests.helpers.shards import run_here
 from tests.helpers.tiny_models import save_vae
 from tests.helpers.trainings import dit_config, losses, stage_config
 
 BUCKETS = [Bucket(1, 64, 64), Bucket(5, 64, 64)]
-
-
-def run_here(pending, task, name, concurrency=None, constructor_args=(), **resources):
-    """`stage.run_shards` without Ray: one shard after the other, in this process."""
-    worker = task(*constructor_args)
-    return [worker({"shard": shard.to_json()}) for shard in pending]
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +81,14 @@ def test_a_clip_that_cannot_be_read_stops_the_run_with_its_name(roots):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_training_online_gives_the_losses_of_precomputed_latents_in_the_first_epoch(
-    roots, tmp_path, local_ray
-):
+def test_training_online_gives_the_losses_of_precomputed_latents_in_the_first_epoch(roots, tmp_path):
     stored_url, online_url, config = roots
     whole = stage_config("mixed", 1, ["1x64x64", "5x64x64"])
     stages = [dataclasses.replace(whole, tokens_per_pack=48)]  # one epoch
     shared = {"stages": stages, "heldout_triples": 4, "packs_per_step": 1}
-    train_dit.run(dit_config(stored_url, tmp_path / "stored", **shared))
-    train_dit.run(dit_config(online_url, tmp_path / "online", online=config, **shared))
+    configs = (
+        dit_config(stored_url, tmp_path / "stored", **shared),
+        dit_config(online_url, tmp_path / "online", online=config, **shared),
+    )
+    train(1, tmp_path / "ranks", *[(train_dit.build, config) for config in configs])
     torch.testing.assert_close(losses(tmp_path / "online"), losses(tmp_path / "stored"), rtol=0, atol=1e-6)
