@@ -26,7 +26,7 @@ CLIPS = ("cup.mp4", "fig.jpg", "box.mp4", "cat.jpg")
 _HELPERS = (
     *("IDLE", "DashboardAgent", "RuntimeEnvAgent", "clear", "ControlActor", "TrainController", "_StatsActor"),
     *("ActorLocationTracker", "AutoscalingCoordinator", "_AutoscalingCoordinator", "PlacementGroupCleaner"),
-    *("SynchronizationActor", "PreemptionWatcher", "_ray_internal_job_actor"),
+    *("SynchronizationActor", "PreemptionWatcher", "JobSupervisor", "_ray_internal_job_actor"),
 )
 """What Ray's processes call themselves while they do no work of the job's."""
 _LIMIT_S = 600

@@ -11,6 +11,9 @@ _RAY = {
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
     # For new log files twice a second, not ten times.
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    # Nobody asks for lists of tasks, nor waits for a node's agent to notice that its main thread hangs.
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_DASHBOARD_AGGREGATOR_AGENT_CHECK_MAIN_THREAD_LIVENESS_INTERVAL_SECONDS": "5",
     # Workers would run at 15, and starve beside the other pytest process or whatever else is at work.
     "RAY_worker_niceness": "0",
     # A node that was killed is found dead after 5 s, not 15.
