@@ -188,15 +188,15 @@ def test_a_state_of_ten_bits_is_read_as_ten_bits(models, source, tmp_path):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_length(models, tmp_path, monkeypatch):
-    """80 frames more take less than half of their own bytes: none of them is kept.
+    """190 frames more take less than half of their own bytes: none of them is kept.
 
     benchmarks/restore.py has the ratio for long videos.
     """
-    # Freed memory goes back at once: what is measured varies by 0.2 MiB, not by 20.
+    # Freed memory goes back at once: what is measured varies by 2 MiB, not by 20.
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         monkeypatch.setenv(name, "65536")
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
-    urls, size, counts = (models.vae, models.weights), (96, 160), (40, 120)
+    urls, size, counts = (models.vae, models.weights), (96, 160), (60, 250)
     short, long = (
         benchmark.measured("ours", tmp_path, count, size, urls)["rise_of_peaks_mib"] for count in counts
     )
