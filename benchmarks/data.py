@@ -13,6 +13,7 @@ One thread in each process; rivals take turns. Prints a table, writes out/bench/
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -193,7 +194,8 @@ def filter_shards(clips: list[dict[str, Any]], copies: int, rival: str) -> tuple
                 list(pool.imap_unordered(_score_in_pool, [(shard.to_json(), config) for shard in pending]))
         else:
             stage.connect()
-            stage.run_shards(pending, filter_stage.score_shard, "score", _PROCESSES, (config,))
+            commit = functools.partial(work_plan.commit, scores, config.table_schema)
+            stage.run_shards(pending, filter_stage.score_shard, "score", commit, _PROCESSES, (config,))
         return steady_seconds_a_shard(Path(folder) / schema.SCORES)
 
 

@@ -27,7 +27,7 @@ from pipeline.data import filter as filter_stage
 from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.data.kept_clips import KeptClips
 from pipeline.runtime import stage, work_plan
-from pipeline.store import hashing, parquet, schema, storage
+from pipeline.store import delta_tables, hashing, schema, storage
 
 OUT = Path("out/bench")
 SIZES = (100_000, 300_000, 1_000_000)
@@ -93,7 +93,7 @@ def make_data(root: Path, count: int) -> None:
     for first in range(0, count, _FILE_ROWS):
         clips, scores = clips_and_scores(first, min(_FILE_ROWS, count - first))
         for name, table in ((schema.CLIPS, clips), (schema.SCORES, scores)):
-            parquet.write_table(f"file://{root}/{name}/part-{first:08d}.parquet", [table], table.schema)
+            delta_tables.write(f"file://{root}/{name}", f"part-{first:08d}.parquet", [table], table.schema)
     config = FilterConfig(data=str(root), thresholds=THRESHOLDS, held_out_share=0.01)
     filter_stage.rebuild_selection(config, [], stage.Summary("filter"))
 
@@ -150,19 +150,28 @@ def measured(phase: str, root: Path) -> dict[str, Any]:
     return json.loads((root / COST).read_text())
 
 
+def plans_of(folder: str) -> delta_tables.Table | None:
+    return delta_tables.open_table(storage.join(folder, work_plan.PLANS))
+
+
 def planned_ids(folder: str) -> list[str]:
-    files = parquet.parquet_files(storage.join(folder, work_plan.PLANS))
-    return [row_id for file in files for row_id in parquet.read_table(file, ["id"])["id"].to_pylist()]
+    plans = plans_of(folder)
+    return [] if plans is None else plans.read(["id"])["id"].to_pylist()
+
+
+def plan_files(folder: str) -> int:
+    plans = plans_of(folder)
+    return 0 if plans is None else len(plans.files)
 
 
 def killed_and_run_again(root: Path, phase: str) -> dict[str, Any]:
     """A phase with a SIGKILL half way, then once more: its cost, and whether it planned the same rows."""
     folder = f"file://{root}/{phase}"
     whole = planned_ids(folder)
-    files = len(parquet.parquet_files(storage.join(folder, work_plan.PLANS)))
+    files = plan_files(folder)
     storage.remove_folder(folder)
     process = start(phase, root)
-    while len(parquet.parquet_files(storage.join(folder, work_plan.PLANS))) < max(1, files // 2):
+    while plan_files(folder) < max(1, files // 2):
         if process.exitcode is not None:
             raise RuntimeError(f"{phase} ended before it could be killed")
         time.sleep(0.02)

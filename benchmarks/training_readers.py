@@ -35,7 +35,7 @@ from model.dit.swin_mmdit import TINY
 from pipeline.data import text_embeddings
 from pipeline.data.cropping import Bucket
 from pipeline.runtime import work_plan
-from pipeline.store import bf16_columns, parquet, schema, storage
+from pipeline.store import bf16_columns, delta_tables, parquet, schema, storage
 from pipeline.training.runs import trainer
 from pipeline.training.samples import latent_reader, sample_order
 
@@ -114,7 +114,7 @@ def write_tables(
     metadata = {"text": "encoders", "openseedvr.null_text": text_embeddings.null_metadata(null)}
     text_schema = schema.with_fingerprint(schema.TEXT_SCHEMA, "benchmark", **metadata)
     for table, made, kind in (("latents", rows, schema.LATENTS_SCHEMA), ("text", text_rows, text_schema)):
-        parquet.write_table(f"{url}/{table}/{name}", work_plan.row_groups(made, kind), kind)
+        delta_tables.write(f"{url}/{table}", name, work_plan.row_groups(made, kind), kind)
     size = {"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width}
     shared = {"bucket": bucket.name, "video_tokens": schema.video_tokens(**size), **size, "file": name}
     index = []
@@ -125,7 +125,7 @@ def write_tables(
             own |= {"split": "train" if int(key) % 8 else "held_out", "text_tokens": len(texts[key].t5)}
             index.append(schema.empty_row(schema.INDEX_SCHEMA, **shared, **own))
     table = pa.Table.from_pylist(index, schema=schema.INDEX_SCHEMA)
-    parquet.write_table(f"{url}/latents/_index/{name}", [table], schema.INDEX_SCHEMA)
+    delta_tables.write(f"{url}/latents/_index", name, [table], schema.INDEX_SCHEMA)
 
 
 class PtFiles(Dataset):

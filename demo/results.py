@@ -21,7 +21,7 @@ from demo.report import (
     write_report,
 )
 from pipeline.restoration.vae_reconstruction import reconstruct
-from pipeline.store import parquet, schema
+from pipeline.store import delta_tables, schema
 from pipeline.video import decoding
 from pipeline.weights import weights_folder
 
@@ -82,7 +82,7 @@ def _history(out: Path, model: str) -> dict[str, Any]:
 def score_pictures(out: Path, files: Path) -> list[Picture]:
     """A histogram of each score that has a value."""
     folder = out / "data" / schema.SCORES
-    table = parquet.read_folder(f"file://{folder}") if folder.exists() else None
+    table = delta_tables.read(f"file://{folder}") if folder.exists() else None
     if table is None:
         return []
     thresholds = filter_thresholds()

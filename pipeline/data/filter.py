@@ -7,7 +7,9 @@ and held out.
 """
 
 import dataclasses
-import itertools
+import functools
+import json
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
@@ -21,13 +23,13 @@ from pipeline.data import duplicates, filter_report, selection
 from pipeline.data.scorers import scorer_config, technical
 from pipeline.data.scorers.scorer_config import ScorersConfig
 from pipeline.data.selection import Threshold
+from pipeline.data.upgrade import check_upgraded
 from pipeline.runtime import prometheus, stage, work_plan
-from pipeline.store import hashing, parquet, schema, source_cache, storage
+from pipeline.store import delta_tables, hashing, parquet, schema, source_cache, storage
 from pipeline.store.urls import Url, check_urls
 from pipeline.video.sandbox import MediaError
 from pipeline.video.sandbox import shared as shared_sandbox
 
-SELECTION_FILE = "part-selection.parquet"
 _PAGE = "scores.html"
 _DECIDING_FIELDS = ("clip_id", "uri", "source_id", "start_s", "width", "height", "phash", "error")
 
@@ -96,6 +98,18 @@ class FilterConfig:
             niqe=self.niqe_frames,
         )
 
+    @property
+    def table_schema(self) -> pa.Schema:
+        """Of scores/ that are measured with these settings."""
+        return schema.with_fingerprint(SCORES_SCHEMA, self.fingerprint)
+
+    @property
+    def decided_by(self) -> dict[str, str]:
+        """The settings that a selection depends on, for its history."""
+        names = ("thresholds", "held_out", "held_out_share", "duplicate_bits")
+        settings = dataclasses.asdict(self)
+        return {name: json.dumps(settings[name]) for name in names}
+
 
 _GAP_S = 5.0  # over a longer gap between two clips the decoder seeks instead of decoding
 
@@ -151,44 +165,51 @@ SCORES_SCHEMA = schema.scores_schema(list(technical.SCORES))
 
 def score_shard(row: dict[str, Any], config: FilterConfig) -> dict[str, Any]:
     """One task: the scores of one shard's clips."""
-    table_schema = schema.with_fingerprint(SCORES_SCHEMA, config.fingerprint)
     folder = storage.join(config.data, schema.SCORES)
-    return work_plan.make_shard(folder, row["shard"], table_schema, lambda clips: score_clips(clips, config))
+    return work_plan.make_shard(
+        folder, row["shard"], config.table_schema, lambda clips: score_clips(clips, config)
+    )
 
 
-def read_decided(config: FilterConfig, made_by: list[str], files: list[str]) -> selection.Clips:
-    """Read what deciding needs about the clips in these files of clips/, with every score there is.
+def read_decided(
+    config: FilterConfig, made_by: list[str], clips_table: delta_tables.Table
+) -> selection.Clips:
+    """Read what deciding needs about the clips in this version of clips/, with every score there is.
 
     made_by: the learned scorers of this config, as "name-<fingerprint>".
     """
     columns = {scorer: scorer_config.columns_of(scorer) for scorer in made_by}
     clips = selection.Clips(config.thresholds, config.held_out, columns)
-    for file in files:
-        clips.add(parquet.read_table(file, list(_DECIDING_FIELDS)))
+    for table in clips_table.iterate(list(_DECIDING_FIELDS)):
+        clips.add(table)
     clips.close()
     weight_free = [name for name in config.thresholds if name in technical.SCORES]
-    for table in parquet.iterate_folder(
+    for table in delta_tables.iterate(
         storage.join(config.data, schema.SCORES), ["clip_id", *weight_free, "error"]
     ):
         clips.judge(table)
     clips.ask()
-    for file, found in learned_files(config.data, made_by):
-        clips.judge_learned(parquet.read_table(file), found)
+    for scores, found in learned_tables(config.data, made_by):
+        for table in scores.iterate():
+            clips.judge_learned(table, found)
     return clips
 
 
-def learned_files(data_url: str, made_by: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """(file, what made its rows) of learned_scores/, of those that any of these scorers made."""
+def learned_tables(data_url: str, made_by: list[str]) -> Iterator[tuple[delta_tables.Table, list[str]]]:
+    """(table, what made its rows) of learned_scores/, of those that any of these scorers made."""
     root = storage.join(data_url, schema.LEARNED)
-    for file in parquet.parquet_files(root) if made_by else ():
-        found = scorer_config.makers(file.removeprefix(root + "/").split("/")[0])
-        if set(found) & set(made_by):
-            yield file, found
+    for name in storage.folders_in(root) if made_by else ():
+        found = scorer_config.makers(name)
+        table = delta_tables.open_table(storage.join(root, name)) if set(found) & set(made_by) else None
+        if table is not None:
+            yield table, found
 
 
-def score_learned(config: FilterConfig, made_by: list[str], files: list[str]) -> list[dict[str, Any]]:
+def score_learned(
+    config: FilterConfig, made_by: list[str], clips_table: delta_tables.Table
+) -> list[dict[str, Any]]:
     """Compute the learned scores that passing clips still lack; returns the shards' reports."""
-    lacking = read_decided(config, made_by, files).lacking
+    lacking = read_decided(config, made_by, clips_table).lacking
     reports: list[dict[str, Any]] = []
     if not lacking.any():
         return reports
@@ -200,13 +221,16 @@ def score_learned(config: FilterConfig, made_by: list[str], files: list[str]) ->
         wanted = [scorer for bit, scorer in enumerate(made_by) if bits >> bit & 1]
         folder = storage.join(config.data, schema.LEARNED, scorer_config.folder_of(wanted))
         fingerprint = hashing.fingerprint(scorers=sorted(wanted))
-        rows = (row for row, own in zip(_rows_of(files), lacking, strict=True) if own == bits)
+        rows = (row for row, own in zip(_rows_of(clips_table), lacking, strict=True) if own == bits)
         size = config.scorers.clips_per_shard
         planned = work_plan.plan(folder, rows, "clip_id", fingerprint, size, near=itemgetter("source_id"))
         reports += stage.run_shards(
             planned.pending,
             learned.ScoreShard,
             f"filter: {', '.join(map(scorer_config.name_of, wanted))}",
+            functools.partial(
+                work_plan.commit, folder, schema.with_fingerprint(schema.LEARNED_SCHEMA, fingerprint)
+            ),
             config.scorers.actors,
             constructor_args=(config.scorers, wanted, folder, fingerprint, config.decode_seconds),
             num_cpus=config.scorers.actor_cpus,
@@ -215,24 +239,22 @@ def score_learned(config: FilterConfig, made_by: list[str], files: list[str]) ->
     return reports
 
 
-def _rows_of(files: list[str]) -> Iterator[dict[str, Any]]:
-    for file in files:
-        yield from parquet.read_table(file).to_pylist()
+def _rows_of(table: delta_tables.Table) -> Iterator[dict[str, Any]]:
+    for part in table.iterate():
+        yield from part.to_pylist()
 
 
 def rebuild_selection(config: FilterConfig, made_by: list[str], summary: stage.Summary) -> None:
     """Rewrite selection/ from clips/ and the existing scores, and count."""
-    # The list is made once: each pass must see the same files in the same order.
-    files = parquet.parquet_files(storage.join(config.data, schema.CLIPS))
-    clips = read_decided(config, made_by, files)
+    clips_table = open_clips(config.data)  # opened once: each pass must see the same rows in the same order
+    clips = read_decided(config, made_by, clips_table)
     clips.settle()
     decision = selection.decide(clips, config.duplicate_bits, config.held_out_share)
     reasons: Counter[str] = Counter()
 
     def tables() -> Iterator[pa.Table]:
         first = 0
-        for file in files:
-            table = parquet.read_table(file, ["clip_id", "error"])
+        for table in clips_table.iterate(["clip_id", "error"]):
             rows = selection.rows(clips, decision, first, table)
             first += len(rows)
             reasons.update(work_plan.count_reasons([row["reject_reason"] for row in rows]))
@@ -242,8 +264,12 @@ def rebuild_selection(config: FilterConfig, made_by: list[str], summary: stage.S
             summary.errors += sum(error is not None for error in table["error"].to_pylist())
             yield pa.Table.from_pylist(rows, schema=schema.SELECTION_SCHEMA)
 
-    url = storage.join(config.data, schema.SELECTION, SELECTION_FILE)
-    parquet.write_table(url, work_plan.joined(tables()), schema.SELECTION_SCHEMA)
+    url, name = storage.join(config.data, schema.SELECTION), f"part-{uuid.uuid4().hex}.parquet"
+    size, count = parquet.write_table(
+        storage.join(url, name), work_plan.joined(tables()), schema.SELECTION_SCHEMA
+    )
+    file = delta_tables.DataFile(name, count, size)
+    delta_tables.replace(url, schema.SELECTION_SCHEMA, [file], config.decided_by)
     summary.rows_in = len(clips)
     summary.rejected = dict(reasons.most_common())
     summary.details["clips without scores yet"] = clips.not_scored
@@ -265,34 +291,37 @@ def read_spreads(config: FilterConfig, made_by: list[str]) -> dict[str, filter_r
         for name, meaning in meanings.items()
     }
     weight_free = list(technical.SCORES)
-    parts = itertools.chain(
-        ((file, weight_free) for file in parquet.parquet_files(storage.join(config.data, schema.SCORES))),
-        (
-            (file, [column for one in found if one in made_by for column in scorer_config.columns_of(one)])
-            for file, found in learned_files(config.data, made_by)
-        ),
-    )
-    for file, columns in parts:
-        table = parquet.read_table(file, columns)
-        for name in columns:
-            spreads[name].add(table[name].drop_null().to_numpy())
+    scores = delta_tables.open_table(storage.join(config.data, schema.SCORES))
+    parts = [] if scores is None else [(scores, weight_free)]
+    parts += [
+        (table, [column for one in found if one in made_by for column in scorer_config.columns_of(one)])
+        for table, found in learned_tables(config.data, made_by)
+    ]
+    for scored, columns in parts:
+        for table in scored.iterate(columns):
+            for name in columns:
+                spreads[name].add(table[name].drop_null().to_numpy())
     return spreads
+
+
+def open_clips(data_url: str) -> delta_tables.Table:
+    """clips/ as it is now; ValueError if there is none."""
+    check_upgraded(data_url)
+    table = delta_tables.open_table(storage.join(data_url, schema.CLIPS))
+    if table is None:
+        raise ValueError(f"data: {data_url} has no clips/; run ingest first")
+    return table
 
 
 def iterate_clips(data_url: str) -> Iterator[dict[str, Any]]:
     """Every row of clips/; ValueError if there is none."""
-    files = parquet.parquet_files(storage.join(data_url, schema.CLIPS))
-    if not files:
-        raise ValueError(f"data: {data_url} has no clips/; run ingest first")
-    yield from _rows_of(files)
+    yield from _rows_of(open_clips(data_url))
 
 
 def run(config: FilterConfig) -> stage.Summary:
     """Score the clips that have no scores yet, then decide for all."""
     folder = storage.join(config.data, schema.SCORES)
-    files = parquet.parquet_files(storage.join(config.data, schema.CLIPS))
-    if not files:
-        raise ValueError(f"data: {config.data} has no clips/; run ingest first")
+    clips_table = open_clips(config.data)
     made_by = list(scorer_config.fingerprints(config.scorers).values())
 
     def work(summary: stage.Summary) -> None:
@@ -300,17 +329,22 @@ def run(config: FilterConfig) -> stage.Summary:
         if not config.rethreshold:
             planned = work_plan.plan(
                 folder,
-                iterate_clips(config.data),
+                _rows_of(clips_table),
                 "clip_id",
                 config.fingerprint,
                 config.clips_per_shard,
                 near=itemgetter("source_id"),
             )
             reports = stage.run_shards(
-                planned.pending, score_shard, "filter: score", config.concurrency, constructor_args=(config,)
+                planned.pending,
+                score_shard,
+                "filter: score",
+                functools.partial(work_plan.commit, folder, config.table_schema),
+                config.concurrency,
+                constructor_args=(config,),
             )
             summary.already_done = planned.already_done
-            reports += score_learned(config, made_by, files) if made_by else []
+            reports += score_learned(config, made_by, clips_table) if made_by else []
             summary.bytes = sum(report["bytes"] for report in reports)
         rebuild_selection(config, made_by, summary)
 

@@ -7,18 +7,21 @@ one task each, whose results are kept until its clips are written.
 
 import contextlib
 import dataclasses
+import functools
 import io
 import time
 from collections import Counter
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
 from pipeline.data import discovery, shots
+from pipeline.data.upgrade import check_upgraded
 from pipeline.runtime import stage, work_plan
-from pipeline.store import hashing, parquet, schema, source_cache, storage
+from pipeline.store import delta_tables, hashing, schema, source_cache, storage
 from pipeline.store.urls import Url, check_urls
 from pipeline.video import decoding
 from pipeline.video.sandbox import MediaError, Sandbox
@@ -105,6 +108,11 @@ class IngestConfig:
     @property
     def fingerprint(self) -> str:
         return hashing.fingerprint(stage="ingest", shots=shots.VERSION, **dataclasses.asdict(self.cutting))
+
+    @property
+    def table_schema(self) -> pa.Schema:
+        """Of clips/ that are made with these settings."""
+        return schema.with_fingerprint(schema.CLIPS_SCHEMA, self.fingerprint)
 
 
 def list_sources(config: IngestConfig) -> discovery.Listing:
@@ -255,7 +263,6 @@ def _sandbox(config: IngestConfig) -> Sandbox:
 
 def ingest_shard(row: dict[str, Any], config: IngestConfig) -> dict[str, Any]:
     """One task: the clips of one shard's sources."""
-    table_schema = schema.with_fingerprint(schema.CLIPS_SCHEMA, config.fingerprint)
     folder = storage.join(config.output, schema.CLIPS)
     made: list[dict[str, Any]] = []
 
@@ -263,7 +270,7 @@ def ingest_shard(row: dict[str, Any], config: IngestConfig) -> dict[str, Any]:
         made.extend(planned)
         return [clip for source in planned for clip in ingest_source(source, config, _sandbox(config))]
 
-    report = work_plan.make_shard(folder, row["shard"], table_schema, make_rows)
+    report = work_plan.make_shard(folder, row["shard"], config.table_schema, make_rows)
     for source in made:  # the clips are written, so the scans behind them can go
         storage.remove_folder(_spans_folder(source, config))
     return report
@@ -272,6 +279,7 @@ def ingest_shard(row: dict[str, Any], config: IngestConfig) -> dict[str, Any]:
 def run(config: IngestConfig) -> stage.Summary:
     """The stage: list, plan, make the shards that are missing, count."""
     folder = storage.join(config.output, schema.CLIPS)
+    check_upgraded(config.output)
     if config.manifest is None and next(storage.walk(config.input), None) is None:
         raise ValueError(f"input: there are no files below {config.input}")
     if config.manifest is not None and not storage.exists(config.manifest):
@@ -285,7 +293,12 @@ def run(config: IngestConfig) -> stage.Summary:
         planned = work_plan.plan(folder, listed, "source_id", config.fingerprint, config.sources_per_shard)
         summary.details["planning_s"] = time.monotonic() - start
         reports = stage.run_shards(
-            planned.pending, ingest_shard, "ingest", config.concurrency, constructor_args=(config,)
+            planned.pending,
+            ingest_shard,
+            "ingest",
+            functools.partial(work_plan.commit, folder, config.table_schema),
+            config.concurrency,
+            constructor_args=(config,),
         )
         summary.rows_in = planned.rows
         summary.already_done = planned.already_done
@@ -301,7 +314,7 @@ def count_clips(folder: str, summary: stage.Summary) -> None:
     """Fill in kept, errors and reasons from the table's small columns, one file at a time."""
     kinds: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    for table in parquet.iterate_folder(folder, ["media", "error"]):
+    for table in delta_tables.iterate(folder, ["media", "error"]):
         good = table.filter(pc.is_null(table["error"]))
         kinds.update(good["media"].to_pylist())
         reasons.update(work_plan.count_reasons(table["error"].to_pylist()))

@@ -6,21 +6,23 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from pipeline.store import parquet, schema, storage
+from pipeline.data.upgrade import check_upgraded
+from pipeline.store import delta_tables, schema, storage
 from pipeline.store.id_index import ID_BYTES, Lookup, id_array
 
 
 class KeptClips:
     """The clips that selection/ keeps, by id: their split, and the text tokens of those that have text."""
 
-    def __init__(self, data_url: str) -> None:
-        """Read the selection; ValueError if there is none, or if it keeps no clip."""
+    def __init__(self, data_url: str, version: int | None = None) -> None:
+        """Read the newest selection, or that of a version; ValueError without one or without a kept clip."""
         ids, held_out = [np.zeros(0, f"S{ID_BYTES}")], [np.zeros(0, bool)]
-        files = parquet.parquet_files(storage.join(data_url, schema.SELECTION))
-        if not files or not parquet.parquet_files(storage.join(data_url, schema.CLIPS)):
+        check_upgraded(data_url)
+        clips = delta_tables.open_table(storage.join(data_url, schema.CLIPS))
+        selection = delta_tables.open_table(storage.join(data_url, schema.SELECTION), version)
+        if clips is None or selection is None:
             raise ValueError(f"data: {data_url} has no clips/ or no selection/; run ingest and filter first")
-        for file in files:
-            table = parquet.read_table(file, ["clip_id", "keep", "split"])
+        for table in selection.iterate(["clip_id", "keep", "split"]):
             table = table.filter(table["keep"])
             ids.append(id_array(table["clip_id"].to_pylist()))
             held_out.append(pc.equal(table["split"], "held_out").to_numpy())
@@ -34,7 +36,7 @@ class KeptClips:
         self, data_url: str, columns: list[str] | None = None
     ) -> Iterator[tuple[dict[str, Any], str, int]]:
         """(row of clips/, split, text tokens) of every kept clip, file by file. columns: None for all."""
-        for table in parquet.iterate_folder(storage.join(data_url, schema.CLIPS), columns):
+        for table in delta_tables.iterate(storage.join(data_url, schema.CLIPS), columns):
             places = self._lookup.find(id_array(table["clip_id"].to_pylist()))
             kept = np.flatnonzero(places >= 0)
             for row, place in zip(table.take(kept).to_pylist(), places[kept], strict=True):
@@ -43,9 +45,7 @@ class KeptClips:
 
     def read_text_tokens(self, text_url: str) -> None:
         """Fill in each clip's tokens from text/."""
-        for table in parquet.iterate_folder(
-            text_url, ["clip_id", "clip_l_shape", "clip_g_shape", "t5_shape"]
-        ):
+        for table in delta_tables.iterate(text_url, ["clip_id", "clip_l_shape", "clip_g_shape", "t5_shape"]):
             places = self._lookup.find(id_array(table["clip_id"].to_pylist()))
             tokens = np.array([token_count(row) for row in table.to_pylist()], np.int32)
             self._text_tokens[places[places >= 0]] = tokens[places >= 0]
@@ -55,12 +55,14 @@ class KeptClips:
         self._text_tokens[:] = tokens
 
 
-def kept_clips(data_url: str, split: str) -> list[dict[str, Any]]:
+def kept_clips(data_url: str, split: str, version: int | None = None) -> list[dict[str, Any]]:
     """The rows of clips/ that are kept in one split (train, held_out), by clip id.
+
+    version: of selection/; None for the newest.
 
     ValueError if there is no selection, or it keeps nothing.
     """
-    kept = KeptClips(data_url).rows(data_url)
+    kept = KeptClips(data_url, version).rows(data_url)
     return sorted((row for row, side, _ in kept if side == split), key=lambda row: row["clip_id"])
 
 

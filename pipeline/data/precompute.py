@@ -6,10 +6,12 @@ bytes, the recipe, the seed and the models, so a row made again is identical to 
 """
 
 import dataclasses
+import functools
 import json
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from pipeline.data import cropping, precompute_cost, text_embeddings
 from pipeline.data.kept_clips import KeptClips
 from pipeline.data.sample_pixels import PixelConfig, prepare_sample
 from pipeline.runtime import prometheus, stage, work_plan
-from pipeline.store import bf16_columns, hashing, parquet, schema, storage
+from pipeline.store import bf16_columns, delta_tables, hashing, parquet, schema, storage
 from pipeline.store.urls import Url, check_urls
 from pipeline.video import pixel_range
 from pipeline.weights import weights_folder
@@ -141,7 +143,7 @@ class EncodeShard:
 
     def __init__(self, config: PrecomputeConfig, folder: str, fingerprint: str) -> None:
         self.config, self.folder = config, folder
-        self.schema = schema.with_fingerprint(schema.LATENTS_SCHEMA, fingerprint, vae=config.vae)
+        self.schema = table_schema(config, fingerprint)
         device = torch.device("cuda" if config.encode_gpus and torch.cuda.is_available() else "cpu")
         if device.type == "cpu":
             torch.set_num_threads(max(1, int(config.encode_cpus)))
@@ -151,8 +153,8 @@ class EncodeShard:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         report = work_plan.make_shard(self.folder, row["shard"], self.schema, self._rows)
-        index_file(self.folder, work_plan.Shard(**json.loads(row["shard"])))
-        return report
+        index = index_file(self.folder, work_plan.Shard(**json.loads(row["shard"])))
+        return {**report, "index_rows": index.rows, "index_bytes": index.bytes}
 
     def measure(self, planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Measure what each sample costs and keep nothing: {bucket, cpu_s, encode_s, bytes}.
@@ -207,7 +209,22 @@ def plan_rows(
             yield {**sample, **extra}
 
 
-def index_file(latents_url: str, shard: work_plan.Shard) -> None:
+def table_schema(config: PrecomputeConfig, fingerprint: str) -> pa.Schema:
+    """Of latents/ that are made with these settings."""
+    return schema.with_fingerprint(schema.LATENTS_SCHEMA, fingerprint, vae=config.vae)
+
+
+def commit(latents_url: str, latents_schema: pa.Schema, reports: list[dict[str, Any]]) -> None:
+    """Let the files of these reports belong to latents/, then their indices to latents/_index/."""
+    indices = [
+        delta_tables.DataFile(report["name"], report.pop("index_rows"), report.pop("index_bytes"))
+        for report in reports
+    ]
+    work_plan.commit(latents_url, latents_schema, reports)
+    delta_tables.append(storage.join(latents_url, schema.INDEX), schema.INDEX_SCHEMA, indices)
+
+
+def index_file(latents_url: str, shard: work_plan.Shard) -> delta_tables.DataFile:
     """Write the index of one latents file: where each sample without an error stands."""
     file = storage.join(latents_url, shard.name)
     planned = {row["sample_id"]: row for row in work_plan.read_shard(latents_url, shard)}
@@ -233,18 +250,23 @@ def index_file(latents_url: str, shard: work_plan.Shard) -> None:
                 }
             )
     table = pa.Table.from_pylist(rows, schema=schema.INDEX_SCHEMA)
-    parquet.write_table(storage.join(latents_url, schema.INDEX, shard.name), [table], schema.INDEX_SCHEMA)
+    url = storage.join(latents_url, schema.INDEX, shard.name)
+    written, count = parquet.write_table(url, [table], schema.INDEX_SCHEMA)
+    return delta_tables.DataFile(shard.name, count, written)
 
 
 def complete_index(latents_url: str) -> int:
     """Index the files whose task was killed before it could; returns the number of indexed samples."""
     index_url = storage.join(latents_url, schema.INDEX)
-    made = {url.rsplit("/", 1)[1] for url in parquet.parquet_files(latents_url)}
-    missing = made - {url.rsplit("/", 1)[1] for url in parquet.parquet_files(index_url)}
-    for shard in work_plan.planned_shards(latents_url) if missing else ():
-        if shard.name in missing:
-            index_file(latents_url, shard)
-    return parquet.count_rows(index_url)
+    latents, index = (delta_tables.open_table(url) for url in (latents_url, index_url))
+    missing = (latents.names if latents else set()) - (index.names if index else set())
+    if missing:
+        shards = [shard for shard in work_plan.planned_shards(latents_url) if shard.name in missing]
+        with ThreadPoolExecutor(16) as pool:
+            files = list(pool.map(functools.partial(index_file, latents_url), shards))
+        delta_tables.append(index_url, schema.INDEX_SCHEMA, files)
+        index = delta_tables.open_table(index_url)
+    return index.rows if index else 0
 
 
 def latents_fingerprint(config: PrecomputeConfig) -> str:
@@ -305,6 +327,7 @@ def _make(config: PrecomputeConfig, kept: KeptClips, folder: str, summary: stage
         planned.pending,
         EncodeShard,
         "precompute: encode HQ and LQ",
+        functools.partial(commit, folder, table_schema(config, fingerprint)),
         concurrency=config.encode_actors,
         constructor_args=(config, folder, fingerprint),
         num_cpus=config.encode_cpus,

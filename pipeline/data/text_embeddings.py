@@ -7,6 +7,7 @@ backbones know a single prompt: then text/ only says where it and its negative l
 
 import base64
 import dataclasses
+import functools
 import json
 import time
 from typing import Any
@@ -18,8 +19,9 @@ from torch import Tensor
 from model import text_encoders
 from model.text_encoders import TextEmbedding, TextEncoderConfig, TextEncoders
 from pipeline.data.kept_clips import KeptClips
+from pipeline.data.upgrade import check_upgraded
 from pipeline.runtime import prometheus, stage, work_plan
-from pipeline.store import bf16_columns, hashing, parquet, schema, storage
+from pipeline.store import bf16_columns, delta_tables, hashing, parquet, schema, storage
 from pipeline.store.urls import Url, check_urls
 from pipeline.weights import backbones, weights_folder
 
@@ -99,8 +101,9 @@ class FixedTexts:
 def read_texts(data_url: str) -> ClipTexts | FixedTexts:
     """What the metadata of a data root's text/ says; ValueError if there is none or a prompt has changed."""
     folder = storage.join(data_url, schema.TEXT)
-    files = parquet.parquet_files(folder)
-    metadata = (parquet.read_schema(files[0]).metadata or {}) if files else {}
+    check_upgraded(data_url)
+    there = delta_tables.open_table(folder)
+    metadata = (parquet.read_schema(there.urls[0]).metadata or {}) if there and there.files else {}
     if _FIXED_KEY in metadata:
         return FixedTexts(**{
             name: _read_fixed(name, **tensor) for name, tensor in json.loads(metadata[_FIXED_KEY]).items()
@@ -167,6 +170,7 @@ def embed_kept_clips(data_url: str, kept: KeptClips, config: TextConfig, cpus: f
         planned.pending,
         EncodeText,
         "precompute: embed captions",
+        functools.partial(work_plan.commit, folder, schema.with_fingerprint(schema.TEXT_SCHEMA, fingerprint)),
         constructor_args=(config, folder, fingerprint),
         num_cpus=cpus,
         num_gpus=gpus,
@@ -187,6 +191,10 @@ def fix_kept_clips(data_url: str, kept: KeptClips, config: FixedTextConfig) -> N
     )
     planned = work_plan.plan(folder, rows, "clip_id", fingerprint, _CLIPS_PER_SHARD)
     stage.run_shards(
-        planned.pending, write_fixed, "precompute: fixed prompt", constructor_args=(folder, table)
+        planned.pending,
+        write_fixed,
+        "precompute: fixed prompt",
+        functools.partial(work_plan.commit, folder, table),
+        constructor_args=(folder, table),
     )
     kept.same_text(len(backbones.read_prompt(config.positive).text))

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import psutil
@@ -22,6 +22,8 @@ from pipeline.store import source_cache, storage
 from pipeline.store.schema import SUMMARY
 
 _SHARDS_PER_ROUND = 10_000
+_FILES_A_COMMIT = 1000
+_COMMIT_EVERY_S = 10.0
 
 
 def connect() -> None:
@@ -184,6 +186,7 @@ def run_shards(
     pending: list[work_plan.Shard],
     task: Callable[..., dict[str, Any]] | type,
     name: str,
+    commit: Callable[[list[dict[str, Any]]], None],
     concurrency: int | None = None,
     constructor_args: tuple[Any, ...] = (),
     **resources: Any,
@@ -191,7 +194,8 @@ def run_shards(
     """Send every pending shard through one Ray Data operator: one shard is one block, one task, one file.
 
     task: a function `row {"shard": JSON of a Shard} -> report row`, or a class with such a `__call__` (an
-    actor that loads its models once). Many shards are sent in rounds, so that Ray holds a bounded number.
+    actor that loads its models once). commit: is given the reports of shards whose files are written, some
+    at a time. Many shards are sent in rounds, so that Ray holds a bounded number.
     """
     reports: list[dict[str, Any]] = []
     for first in range(0, len(pending), _SHARDS_PER_ROUND):
@@ -203,5 +207,25 @@ def run_shards(
         else:
             mapped = dataset.map(task, fn_args=constructor_args, concurrency=concurrency, **resources)
         mapped.set_name(name)
-        reports += mapped.take_all()
+        reports += _committed(mapped.iter_rows(), commit)
     return reports
+
+
+def _committed(
+    reports: Iterable[dict[str, Any]], commit: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """All reports, each committed at most some seconds after it came, also if an error follows."""
+    found: list[dict[str, Any]] = []
+    waiting: list[dict[str, Any]] = []
+    last = time.monotonic()
+    try:
+        for report in reports:
+            found.append(report)
+            waiting.append(report)
+            if len(waiting) >= _FILES_A_COMMIT or time.monotonic() > last + _COMMIT_EVERY_S:
+                ready, waiting, last = waiting, [], time.monotonic()
+                commit(ready)
+    finally:
+        if waiting:
+            commit(waiting)
+    return found

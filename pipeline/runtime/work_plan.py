@@ -1,13 +1,14 @@
 """Plans and shards: how a stage divides its rows, skips finished ones and survives a kill.
 
 A plan assigns input rows to shards. One task makes one shard and writes it as `part-<plan>-<shard>.parquet`,
-either whole or not at all; an existing file means that the shard is done. A stage that is run again therefore
-makes only what is missing, and rows are neither lost nor written twice. Rows of a later plan (new clips, a
+either whole or not at all; the driver commits the files to the stage's table, whose log alone says which
+shards are done. A stage that is run again makes only what is missing, and commits what a killed run had
+written and not committed, so rows are neither lost nor written twice. Rows of a later plan (new clips, a
 looser threshold) go to new files beside the old ones.
 
-A plan is a Parquet file below `_plan/` whose row groups are the shards; a task reads its own row group. Many
-rows make several plans of at most `ROWS_PER_PLAN`, so that the driver holds only one of them at a time and 8
-bytes for each row of the others.
+Plans are a table of their own below `_plan/`: a plan is a Parquet file `<plan>-<shards>.parquet` whose row
+groups are its shards, of equal size; a task reads its own row group. Many rows make several plans of at most
+`ROWS_PER_PLAN`, so that the driver holds only one of them at a time and 8 bytes for each row of the others.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.runtime import prometheus
-from pipeline.store import hashing, parquet, schema, storage
+from pipeline.store import delta_tables, hashing, parquet, schema, storage
 
 PLANS = "_plan"
 PLAN_SCHEMA = pa.schema([("id", pa.string()), ("row", pa.string())])
@@ -36,6 +37,7 @@ class Shard:
     plan: str
     number: int
     size: int  # rows
+    of: int  # shards of the plan
 
     @property
     def name(self) -> str:
@@ -61,18 +63,16 @@ class Planned:
 
 def check_fingerprint(folder_url: str, fingerprint: str) -> None:
     """Raise ValueError if the folder holds rows, or plans of rows, made with other settings."""
-    files = [*parquet.parquet_files(folder_url)[:1], *_plan_files(folder_url)[:1]]
-    for file in files:
-        found = (parquet.read_schema(file).metadata or {}).get(schema.FINGERPRINT_KEY, b"").decode()
-        if found != fingerprint:
+    for table in (delta_tables.open_table(folder_url), _plans(folder_url)):
+        if table is not None and table.fingerprint != fingerprint:
             raise ValueError(
                 f"{folder_url}: holds rows made with other settings or models (fingerprint "
-                f"{found or 'none'}, now {fingerprint}); write to another folder or remove this one"
+                f"{table.fingerprint}, now {fingerprint}); write to another folder or remove this one"
             )
 
 
-def _plan_files(folder_url: str) -> list[str]:
-    return parquet.parquet_files(storage.join(folder_url, PLANS))
+def _plans(folder_url: str) -> delta_tables.Table | None:
+    return delta_tables.open_table(storage.join(folder_url, PLANS))
 
 
 def _hashes(ids: Iterable[str]) -> np.ndarray:
@@ -108,7 +108,8 @@ def plan(
     again, and a late writer of the killed run can only write the same bytes to the same name.
     """
     check_fingerprint(folder_url, fingerprint)
-    parts = [_hashes(parquet.read_table(file, ["id"])["id"].to_pylist()) for file in _plan_files(folder_url)]
+    ids = delta_tables.iterate(storage.join(folder_url, PLANS), ["id"])
+    parts = [_hashes(table["id"].to_pylist()) for table in ids]
     known = np.sort(np.concatenate([np.zeros(0, np.int64), *parts]))
     del parts
     seen = np.zeros(0, np.int64)
@@ -147,32 +148,55 @@ def _write_plan(
     table = pa.Table.from_pylist(
         [{"id": row[id_column], "row": json.dumps(row)} for row in rows], schema=PLAN_SCHEMA
     )
-    # Equal parts, none of them larger than requested.
-    number = -(-len(rows) // rows_per_shard)
-    edges = [len(rows) * i // number for i in range(number + 1)]
+    shards = -(-len(rows) // rows_per_shard)
+    edges = _edges(len(rows), shards)
     groups = [table.slice(first, last - first) for first, last in itertools.pairwise(edges)]
-    url = storage.join(folder_url, PLANS, f"{name}.parquet")
-    parquet.write_table(url, groups, schema.with_fingerprint(PLAN_SCHEMA, fingerprint))
+    plan_schema = schema.with_fingerprint(PLAN_SCHEMA, fingerprint)
+    delta_tables.write(storage.join(folder_url, PLANS), plan_file(name, shards), groups, plan_schema)
+
+
+def _edges(rows: int, shards: int) -> list[int]:
+    """Where the shards of a plan begin and end: equal parts, none larger than was asked for."""
+    return [rows * number // shards for number in range(shards + 1)]
+
+
+def plan_file(plan_name: str, shards: int) -> str:
+    """The file of a plan in the table of plans; its name says how many shards it has."""
+    return f"{plan_name}-{shards}.parquet"
 
 
 def planned_shards(folder_url: str) -> Iterator[Shard]:
     """Every shard of every plan, whether it has been made or not."""
-    for file in _plan_files(folder_url):
-        name = file.rsplit("/", 1)[1].removesuffix(".parquet")
-        footer = parquet.read_metadata(file)
-        for number in range(footer.num_row_groups):
-            yield Shard(name, number, footer.row_group(number).num_rows)
+    plans = _plans(folder_url)
+    for file in () if plans is None else plans.files:
+        name, shards = file.name.removesuffix(".parquet").rsplit("-", 1)
+        edges = _edges(file.rows, int(shards))
+        for number, (first, last) in enumerate(itertools.pairwise(edges)):
+            yield Shard(name, number, last - first, int(shards))
 
 
 def pending_shards(folder_url: str) -> list[Shard]:
-    """The planned shards that have no file yet."""
-    made = {url.rsplit("/", 1)[1] for url in parquet.parquet_files(folder_url)}
-    return [shard for shard in planned_shards(folder_url) if shard.name not in made]
+    """The planned shards that are not made yet. What a killed run left uncommitted is committed first."""
+    made = delta_tables.open_table(folder_url)
+    names = set() if made is None else made.names
+    pending = [shard for shard in planned_shards(folder_url) if shard.name not in names]
+    found = _commit_leftover(folder_url, {shard.name for shard in pending}) if pending else set()
+    return [shard for shard in pending if shard.name not in found]
+
+
+def _commit_leftover(folder_url: str, names: set[str]) -> set[str]:
+    """Commit the whole files of these names that lie in the folder; returns the names of those."""
+    there = {url.rsplit("/", 1)[1] for url, _, _ in storage.files_in(folder_url)}
+    leftover = sorted(names & there)
+    if leftover:
+        table_schema = parquet.read_schema(storage.join(folder_url, leftover[0]))
+        delta_tables.append(folder_url, table_schema, delta_tables.whole_files(folder_url, leftover))
+    return set(leftover)
 
 
 def read_shard(folder_url: str, shard: Shard) -> list[dict[str, Any]]:
     """The planned rows of a shard."""
-    url = storage.join(folder_url, PLANS, f"{shard.plan}.parquet")
+    url = storage.join(folder_url, PLANS, plan_file(shard.plan, shard.of))
     table = parquet.read_table(url, ["row"], row_group=shard.number)
     return [json.loads(row) for row in table["row"].to_pylist()]
 
@@ -204,22 +228,20 @@ def row_groups(rows: list[dict[str, Any]], table_schema: pa.Schema) -> list[pa.T
     return [pa.Table.from_pylist(group, schema=table_schema) for group in groups if group]
 
 
-def write_shard(folder_url: str, shard: Shard, rows: list[dict[str, Any]], table_schema: pa.Schema) -> int:
-    """Write one shard's rows; returns the file's bytes."""
-    url = storage.join(folder_url, shard.name)
-    tables = row_groups(rows, table_schema)
-    parquet.write_table(url, tables, table_schema)
-    return sum(table.nbytes for table in tables)
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class ShardReport:
     """A task's report on its shard."""
 
+    name: str
     rows: int
     errors: int
     seconds: float
     bytes: int
+    """of the file"""
+
+    @property
+    def file(self) -> delta_tables.DataFile:
+        return delta_tables.DataFile(self.name, self.rows, self.bytes)
 
     def as_row(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -235,10 +257,16 @@ def make_shard(
     start = time.monotonic()
     shard = Shard(**json.loads(shard_json))
     rows = make_rows(read_shard(folder_url, shard))
-    size = write_shard(folder_url, shard, rows, table_schema)
+    groups = row_groups(rows, table_schema)
+    size, _ = parquet.write_table(storage.join(folder_url, shard.name), groups, table_schema)
     errors = sum(1 for row in rows if row.get("error"))
     prometheus.count_shard(folder_url.rsplit("/", 1)[1], len(rows), errors, size)
-    return ShardReport(len(rows), errors, time.monotonic() - start, size).as_row()
+    return ShardReport(shard.name, len(rows), errors, time.monotonic() - start, size).as_row()
+
+
+def commit(folder_url: str, table_schema: pa.Schema, reports: list[dict[str, Any]]) -> None:
+    """Let the files of these reports belong to the stage's table. By the driver alone."""
+    delta_tables.append(folder_url, table_schema, [ShardReport(**report).file for report in reports])
 
 
 def count_reasons(reasons: list[str | None]) -> dict[str, int]:

@@ -116,9 +116,28 @@ def check_url(url: str, key: str) -> str:
 def filesystem(url: str) -> fsspec.AbstractFileSystem:
     """The fsspec filesystem of a URL, with retries and time-outs set, listings never cached."""
     if url.startswith("s3://"):
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        return fsspec.filesystem("s3", endpoint_url=endpoint, **_S3_OPTIONS)
+        return fsspec.filesystem("s3", endpoint_url=_endpoint(), **_S3_OPTIONS)
     return fsspec.filesystem("file", auto_mkdir=True)
+
+
+def delta_options(url: str) -> dict[str, str] | None:
+    """The same settings for Delta Lake's client, which takes credentials from the environment too."""
+    if not url.startswith("s3://"):
+        return None
+    settings = _S3_OPTIONS["config_kwargs"]
+    options = {
+        "aws_conditional_put": "etag",
+        "connect_timeout": f"{settings['connect_timeout']}s",
+        "timeout": f"{settings['read_timeout']}s",
+    }
+    endpoint = _endpoint()
+    if endpoint is not None:
+        options |= {"aws_endpoint": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}
+    return options
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 def arrow_filesystem(url: str) -> pa_fs.FileSystem:
@@ -155,10 +174,35 @@ def walk(url: str) -> Iterator[tuple[str, int, str]]:
         yield url, int(info["size"]), str(info.get("ETag", "")).strip('"')
 
 
-def _walk_bucket(url: str) -> Iterator[tuple[str, int, str]]:
+def files_in(url: str) -> Iterator[tuple[str, int, str]]:
+    """The files directly in a folder, as `walk` gives them."""
+    if url.startswith("s3://"):
+        yield from _walk_bucket(url, below=False)
+        return
+    for entry in os.scandir(path_of(url)) if os.path.isdir(path_of(url)) else ():
+        if entry.is_file():
+            yield f"file://{entry.path}", entry.stat().st_size, ""
+
+
+def folders_in(url: str) -> list[str]:
+    """The names of the folders directly in a folder, sorted."""
+    fs = filesystem(url)
+    try:
+        entries = reading(url, lambda: fs.ls(path_of(url), detail=True))
+    except FileNotFoundError:
+        return []
+    return sorted(
+        entry["name"].rstrip("/").rsplit("/", 1)[1] for entry in entries if entry["type"] == "directory"
+    )
+
+
+def _walk_bucket(url: str, below: bool = True) -> Iterator[tuple[str, int, str]]:
+    """below: also what lies in folders within the folder."""
     bucket, _, prefix = path_of(url).partition("/")
     prefix = prefix and prefix.rstrip("/") + "/"
     request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": _KEYS_PER_PAGE}
+    if not below:
+        request["Delimiter"] = "/"
     fs = filesystem(url)
     while True:
         page = reading(url, lambda: fs.call_s3("list_objects_v2", **request))
@@ -303,6 +347,15 @@ def open_input(url: str) -> Iterator[IO[bytes]]:
     """A seekable, readable file object of the URL."""
     file = reading(url, lambda: filesystem(url).open(path_of(url), "rb"))
     with file:
+        yield file
+
+
+@contextlib.contextmanager
+def open_ranges(url: str) -> Iterator[IO[bytes]]:
+    """The same, without reading ahead: each read asks for its own bytes, as readers of Parquet want it."""
+    fs = filesystem(url)
+    ahead = {"cache_type": "none"} if url.startswith("s3://") else {}
+    with fs.open(path_of(url), "rb", **ahead) as file:
         yield file
 
 

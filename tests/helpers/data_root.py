@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.data.filter import SELECTION_FILE
-from pipeline.store import hashing, parquet, schema, storage
+from pipeline.store import delta_tables, hashing, schema, storage
 from pipeline.video import decoding
 from tests.helpers.clips import MEDIA
 
@@ -37,18 +36,18 @@ def make_data_root(root: Path, train: list[str], held_out: list[str], frames: in
             )
             selection.append({"clip_id": clip_id, "keep": True, "split": split})
     url = f"file://{root}"
-    for table, file, table_schema, rows in (
-        (schema.CLIPS, "part-0.parquet", schema.CLIPS_SCHEMA, clips),
-        (schema.SELECTION, SELECTION_FILE, schema.SELECTION_SCHEMA, selection),
+    for name, table_schema, rows in (
+        (schema.CLIPS, schema.CLIPS_SCHEMA, clips),
+        (schema.SELECTION, schema.SELECTION_SCHEMA, selection),
     ):
         data = pa.Table.from_pylist(rows, schema=table_schema)
-        parquet.write_table(storage.join(url, table, file), [data], table_schema)
+        delta_tables.write(storage.join(url, name), "part-0.parquet", [data], table_schema)
     return url
 
 
 def rows_by_id(data: str, name: str, expected: pa.Schema, key: str = "clip_id") -> dict[str, dict]:
     """A table's rows; fails if it is not there, has another schema, or a row stands twice."""
-    table = parquet.read_folder(storage.join(data, name))
+    table = delta_tables.read(storage.join(data, name))
     assert table is not None and table.schema.equals(expected), name
     rows = {row[key]: row for row in table.to_pylist()}
     assert len(rows) == table.num_rows, f"{name}: a row stands twice"

@@ -40,6 +40,7 @@ FORBIDDEN = {
     "jobs.restore": WITHOUT_RAY_TRAIN,
     "jobs.train_dit": WORKERS_ONLY,
     "jobs.train_vae": WORKERS_ONLY,
+    "jobs.upgrade": WITHOUT_TORCH,
     "jobs.window_study": WORKERS_ONLY,
     # Of the processes that Ray starts, and of the decoding ones.
     "pipeline.training.state.control": WITHOUT_TORCH,

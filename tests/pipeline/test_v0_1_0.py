@@ -19,14 +19,16 @@ from model.text_encoders import TINY_ENCODERS
 from model.vae.autoencoder import AutoencoderConfig
 from model.vae.discriminator import DiscriminatorConfig
 from pipeline.data import filter as filter_stage
-from pipeline.data import ingest, precompute
+from pipeline.data import ingest, precompute, upgrade
 from pipeline.data.cropping import Bucket
 from pipeline.data.selection import Threshold
 from pipeline.restoration import restore
-from pipeline.store import bf16_columns, parquet, schema
+from pipeline.runtime import work_plan
+from pipeline.store import bf16_columns, delta_tables, schema
 from pipeline.training import convert
 from pipeline.training.objectives.vae_loss import AdversarialConfig
 from pipeline.training.runs import train_dit, train_vae, trainer
+from pipeline.training.samples import latent_reader
 from pipeline.video import decoding
 from pipeline.weights.backbones import ModelConfig
 from tests.helpers import object_store
@@ -35,6 +37,7 @@ from tests.helpers.ranks import Build, train
 RECORDED = Path(__file__).resolve().parents[1] / "data" / "v0.1.0"
 RECORDED_AT = "file:///srv/openseedvr"
 """The folder of footage/, run/ and restored/ when they were made."""
+INDEX = f"{schema.LATENTS}/{schema.INDEX}"
 TABLES = (schema.CLIPS, schema.SCORES, schema.TEXT, schema.LATENTS)
 TWO_WORKERS = trainer.ScaleConfig(num_workers=2, zero_stage=2)
 TOLERANCE = 1e-6
@@ -191,9 +194,44 @@ def files_of(run: Path) -> dict[str, bytes]:
 
 
 def rows_of(run: Path, name: str) -> list[dict[str, Any]]:
-    table = parquet.read_folder(f"file://{run}/{name}")
+    table = delta_tables.read(f"file://{run}/{name}")
     assert table is not None
+    return in_order(table)
+
+
+def recorded_rows(run: Path, name: str) -> list[dict[str, Any]]:
+    """As version 0.1.0 knew them: of all files in the folder."""
+    return in_order(pa.concat_tables(pq.read_table(file) for file in (run / name).glob("part-*.parquet")))
+
+
+def in_order(table: pa.Table) -> list[dict[str, Any]]:
     return sorted(table.to_pylist(), key=lambda row: row.get("sample_id") or row["clip_id"])
+
+
+@pytest.fixture
+def upgraded(moved: Path) -> Path:
+    upgrade.run(upgrade.UpgradeConfig(str(moved / "run")))
+    return moved
+
+
+def test_a_data_root_without_logs_is_told_how_to_be_upgraded(moved):
+    told = r"data: file://.*/run is of version 0\.1\.0; run once: python -m jobs\.upgrade --data file"
+    for run in (
+        lambda: ingest.run(ingest_config(moved)),
+        lambda: filter_stage.run(filter_config(moved)),
+        lambda: precompute.run(precompute_config(moved)),
+        lambda: latent_reader.read_index(f"file://{moved}/run"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            run()
+
+
+def test_an_upgrade_keeps_every_row_and_may_be_run_again(moved):
+    config = upgrade.UpgradeConfig(str(moved / "run"))
+    expected = {name: recorded_rows(moved / "run", name) for name in (*TABLES, schema.SELECTION, INDEX)}
+    for _ in range(2):
+        upgrade.run(config)
+        assert {name: rows_of(moved / "run", name) for name in expected} == expected
 
 
 def run_stages(folder: Path) -> list[tuple[str, Any]]:
@@ -205,27 +243,27 @@ def run_stages(folder: Path) -> list[tuple[str, Any]]:
     ]
 
 
-def test_each_stage_finds_its_work_done_and_leaves_the_tables_as_they_are(moved, local_ray):
-    before = files_of(moved / "run")
-    for name, summary in run_stages(moved):
+def test_each_stage_finds_its_work_done_and_leaves_the_tables_as_they_are(upgraded, local_ray):
+    before = files_of(upgraded / "run")
+    for name, summary in run_stages(upgraded):
         recorded = json.loads((RECORDED / "run" / name / schema.SUMMARY).read_text())
         assert summary.bytes == 0 and summary.already_done == summary.rows_in == recorded["rows_in"]
         for key in ("rows_kept", "errors", "rejected"):
             assert getattr(summary, key) == recorded[key], (name, key)
-    assert files_of(moved / "run") == before
-    assert rows_of(moved / "run", schema.SELECTION) == rows_of(RECORDED / "run", schema.SELECTION)
+    assert files_of(upgraded / "run") == before
+    assert rows_of(upgraded / "run", schema.SELECTION) == recorded_rows(RECORDED / "run", schema.SELECTION)
 
 
 @pytest.mark.slow
 def test_files_that_a_killed_stage_had_not_made_are_made_as_planned(moved, local_ray):
-    before = files_of(moved / "run")
-    index = f"{schema.LATENTS}/{schema.INDEX}"
-    expected = {name: rows_of(moved / "run", name) for name in (*TABLES, index)}
-    for name in (schema.CLIPS, schema.SCORES, schema.LATENTS, index):
+    names = {file for file in files_of(moved / "run") if work_plan.PLANS not in file}
+    expected = {name: recorded_rows(moved / "run", name) for name in (*TABLES, INDEX)}
+    for name in (schema.CLIPS, schema.SCORES, schema.LATENTS, INDEX):
         min((moved / "run" / name).glob("part-*.parquet")).unlink()
+    upgrade.run(upgrade.UpgradeConfig(str(moved / "run")))
     for name, summary in run_stages(moved):
         assert summary.bytes > 0 and 0 < summary.already_done < summary.rows_in, name
-    assert files_of(moved / "run").keys() == before.keys()
+    assert {file for file in files_of(moved / "run") if work_plan.PLANS not in file} == names
     for name in expected:
         for row, again in zip(expected[name], rows_of(moved / "run", name), strict=True):
             assert_equal_row(row, again)
@@ -245,13 +283,13 @@ def assert_equal_row(row: dict[str, Any], again: dict[str, Any]) -> None:
             assert again[column] == value, column
 
 
-def test_selection_is_rebuilt_from_its_scores(moved, local_ray):
-    expected = rows_of(RECORDED / "run", schema.SELECTION)
-    shutil.rmtree(moved / "run" / schema.SELECTION)
-    filter_stage.run(filter_config(moved, rethreshold=True))
-    assert rows_of(moved / "run", schema.SELECTION) == expected
-    filter_stage.run(filter_config(moved, darkest=0, rethreshold=True))
-    looser = rows_of(moved / "run", schema.SELECTION)
+def test_selection_is_rebuilt_from_its_scores(upgraded, local_ray):
+    expected = recorded_rows(RECORDED / "run", schema.SELECTION)
+    shutil.rmtree(upgraded / "run" / schema.SELECTION)
+    filter_stage.run(filter_config(upgraded, rethreshold=True))
+    assert rows_of(upgraded / "run", schema.SELECTION) == expected
+    filter_stage.run(filter_config(upgraded, darkest=0, rethreshold=True))
+    looser = rows_of(upgraded / "run", schema.SELECTION)
     changed = [row["reject_reason"] for row, now in zip(expected, looser, strict=True) if row != now]
     assert len(changed) == 1 and changed[0].startswith("exposure too low: ")
 
@@ -284,16 +322,16 @@ def goes_on(moved: Path, name: str, build: Build, config: Any, terms: tuple[str,
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_transformer_trains_on_from_its_checkpoint(moved):
+def test_the_transformer_trains_on_from_its_checkpoint(upgraded):
     terms = ("loss", "gradient_norm", "learning_rate")
-    goes_on(moved, "dit", train_dit.build, train_dit_config(moved), terms)
+    goes_on(upgraded, "dit", train_dit.build, train_dit_config(upgraded), terms)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_autoencoder_and_its_discriminator_train_on_from_their_checkpoint(moved):
+def test_the_autoencoder_and_its_discriminator_train_on_from_their_checkpoint(upgraded):
     terms = ("loss", "l1", "kl", "generator", "discriminator", "latent_std")
-    goes_on(moved, "vae", train_vae.build, train_vae_config(moved), terms)
+    goes_on(upgraded, "vae", train_vae.build, train_vae_config(upgraded), terms)
 
 
 def test_no_checkpoint_holds_a_pickle():
@@ -315,19 +353,21 @@ def assert_equal_tensors(file: Path, recorded: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_convert_reads_the_weights_and_the_checkpoint(moved):
-    run = moved / "run"
+def test_convert_reads_the_weights_and_the_checkpoint(upgraded):
+    run = upgraded / "run"
     (checkpoint,) = (run / "checkpoints" / "dit").iterdir()
     for source, output, data, recorded in (
         (checkpoint, "average", f"file://{run}", RECORDED / "converted" / "dit"),
         (run / "weights" / "dit", "dit", None, RECORDED / "run" / "weights" / "dit"),
         (run / "weights" / "vae", "vae", None, RECORDED / "run" / "weights" / "vae"),
     ):
-        convert.run(convert.ConvertConfig(f"file://{source}", f"file://{moved}/{output}", data=data))
-        assert_equal_tensors(moved / output / "weights.safetensors", recorded / "weights.safetensors")
+        convert.run(convert.ConvertConfig(f"file://{source}", f"file://{upgraded}/{output}", data=data))
+        assert_equal_tensors(upgraded / output / "weights.safetensors", recorded / "weights.safetensors")
         if (recorded / "null_text.safetensors").exists():
-            assert_equal_tensors(moved / output / "null_text.safetensors", recorded / "null_text.safetensors")
-    file = moved / "vae.safetensors"
+            assert_equal_tensors(
+                upgraded / output / "null_text.safetensors", recorded / "null_text.safetensors"
+            )
+    file = upgraded / "vae.safetensors"
     convert.run(convert.ConvertConfig(f"file://{run}/weights/vae", f"file://{file}"))
     assert_equal_tensors(file, RECORDED / "run" / "weights" / "vae" / "weights.safetensors")
 

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from torch import Tensor
 
 from model import text_encoders
 from pipeline.data import text_embeddings
-from pipeline.store import bf16_columns, parquet, schema, storage
+from pipeline.data.upgrade import check_upgraded
+from pipeline.store import bf16_columns, delta_tables, parquet, schema, storage
 from pipeline.store.id_index import Lookup, id_array
 
 _CACHE_BYTES = 2**30
@@ -53,8 +53,7 @@ class LatentReader:
         key = (url, row_group)
         with self._lock:
             if key not in self._kept:
-                with storage.open_input(url) as file:
-                    self._kept[key] = pq.ParquetFile(file).read_row_group(row_group)
+                self._kept[key] = parquet.read_table(url, row_group=row_group)
                 self._kept_bytes += self._kept[key].nbytes
                 while self._kept_bytes > _CACHE_BYTES and len(self._kept) > 1:
                     self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
@@ -86,7 +85,8 @@ class TextPlaces:
     """The place of each clip's row in text/, in some 30 bytes per clip."""
 
     def __init__(self, text_url: str) -> None:
-        self._files = parquet.parquet_files(text_url)
+        table = delta_tables.open_table(text_url)
+        self._files = [] if table is None else table.urls
         with ThreadPoolExecutor(16) as pool:
             parts = list(pool.map(_ids_and_groups, self._files))
         self._lookup = Lookup(np.concatenate([ids for ids, _ in parts]))
@@ -113,7 +113,8 @@ def _ids_and_groups(file_url: str) -> tuple[np.ndarray, np.ndarray]:
 
 def read_index(data_url: str) -> pa.Table:
     """Every sample of `latents/_index/`, as `sample_table` gives them; ValueError if there is none."""
-    table = parquet.read_folder(storage.join(data_url, schema.LATENTS, schema.INDEX))
+    check_upgraded(data_url)
+    table = delta_tables.read(storage.join(data_url, schema.LATENTS, schema.INDEX))
     if table is None or not table.num_rows:
         raise ValueError(f"data: {data_url} has no latents; run precompute first")
     return sample_table(table)

@@ -15,14 +15,14 @@ from PIL import Image
 from pipeline.data import ingest, shots
 from pipeline.data.filter import FilterConfig
 from pipeline.data.ingest import IngestConfig
-from pipeline.store import parquet, schema, storage
+from pipeline.store import delta_tables, parquet, schema, storage
 from pipeline.video import decoding, encoding
 from tests.helpers.clips import MEDIA, encode, moving_picture, odd_files
 from tests.helpers.processes import ROOT, output_of
 
 
 def rows_of(output: Path) -> list[dict]:
-    table = parquet.read_folder(f"file://{output}/clips")
+    table = delta_tables.read(f"file://{output}/clips")
     assert table is not None and table.schema.equals(schema.CLIPS_SCHEMA)
     return table.to_pylist()
 

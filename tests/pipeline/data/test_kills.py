@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from pipeline.data.filter import SCORES_SCHEMA
-from pipeline.store import parquet, schema, storage
+from pipeline.store import delta_tables, schema, storage
 from tests.helpers.data_root import make_data_root, rows_by_id
 from tests.helpers.processes import ROOT
 from tests.helpers.ray_cluster import driver_environment, new_node, one_node_cluster
@@ -129,7 +129,7 @@ def rows(stage: str, data: str) -> dict[str, dict[str, dict]]:
     for name, (expected, key) in TABLES[stage].items():
         found[name] = rows_by_id(data, name, expected, key)
     if stage == "precompute":
-        index = parquet.read_folder(storage.join(data, schema.LATENTS, schema.INDEX), ["sample_id"])
+        index = delta_tables.read(storage.join(data, schema.LATENTS, schema.INDEX), ["sample_id"])
         assert index is not None
         assert sorted(index["sample_id"].to_pylist()) == sorted(found["latents"])
     return found

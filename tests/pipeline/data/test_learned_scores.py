@@ -12,7 +12,7 @@ from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.data.scorers import learned, scorer_config
 from pipeline.data.scorers.scorer_config import ScorersConfig
 from pipeline.runtime import stage
-from pipeline.store import hashing, parquet, schema, storage
+from pipeline.store import delta_tables, hashing, parquet, schema, storage
 from pipeline.video import decoding
 from tests.helpers.clips import MEDIA
 from tests.helpers.data_root import make_data_root, rows_by_id
@@ -35,14 +35,18 @@ def clips(tmp_path_factory) -> dict[str, str]:
 def rows(data: str) -> dict[str, dict[str, dict]]:
     """learned_scores/: scorer -> clip id -> row."""
     found: dict[str, dict[str, dict]] = {}
-    root = storage.join(data, schema.LEARNED)
-    for file in parquet.parquet_files(root):
-        folder = file.removeprefix(root + "/").split("/")[0]
-        for row in parquet.read_table(file).to_pylist():
-            for maker in scorer_config.makers(folder):
+    for table in tables(data):
+        for row in table.read().to_pylist():
+            for maker in scorer_config.makers(table.url.rsplit("/", 1)[1]):
                 assert row["clip_id"] not in found.setdefault(maker, {}), "twice"
                 found[maker][row["clip_id"]] = row
     return found
+
+
+def tables(data: str) -> list[delta_tables.Table]:
+    root = storage.join(data, schema.LEARNED)
+    opened = (delta_tables.open_table(storage.join(root, name)) for name in storage.folders_in(root))
+    return [table for table in opened if table is not None]
 
 
 def selection(data: str) -> dict[str, dict]:
@@ -50,7 +54,7 @@ def selection(data: str) -> dict[str, dict]:
 
 
 def file_times(data: str) -> dict[str, int]:
-    files = parquet.parquet_files(storage.join(data, schema.LEARNED))
+    files = [file for table in tables(data) for file in table.urls]
     return {file: Path(storage.path_of(file)).stat().st_mtime_ns for file in files}
 
 

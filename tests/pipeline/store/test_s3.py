@@ -22,7 +22,7 @@ from pipeline.data import filter as filter_stage
 from pipeline.data.cropping import Bucket
 from pipeline.data.filter import FilterConfig, Threshold
 from pipeline.runtime import work_plan
-from pipeline.store import parquet, schema, source_cache, storage
+from pipeline.store import delta_tables, schema, source_cache, storage
 from pipeline.video import decoding
 from tests import settings
 from tests.helpers import object_store
@@ -61,9 +61,10 @@ def upload(store, prefix: str) -> str:
 
 
 def run_pending(folder: str, config, sources, id_column: str, make) -> None:
-    """What run() does, in this process: plan, then make each shard."""
-    for shard in work_plan.plan(folder, sources, id_column, config.fingerprint, 2).pending:
-        make({"shard": shard.to_json()}, config)
+    """What run() does, in this process: plan, make each shard, commit."""
+    pending = work_plan.plan(folder, sources, id_column, config.fingerprint, 2).pending
+    reports = [make({"shard": shard.to_json()}, config) for shard in pending]
+    work_plan.commit(folder, config.table_schema, reports)
 
 
 @pytest.mark.parametrize("fault", object_store.FAULTS)
@@ -122,7 +123,7 @@ def test_ingest_and_filter_on_s3_in_this_process(store):
         config = ingest.IngestConfig(input=root, output=f"s3://{BUCKET}/data", max_clip_frames=49)
         clips_url = storage.join(config.output, schema.CLIPS)
         run_pending(clips_url, config, ingest.list_sources(config), "source_id", ingest.ingest_shard)
-        rows = parquet.read_folder(clips_url).to_pylist()
+        rows = delta_tables.read(clips_url).to_pylist()
         by_name = {row["uri"].rsplit("/", 1)[1]: row for row in rows}
         assert set(by_name) == {*FILES, "broken.mp4"}
         assert by_name["cup.mp4"]["caption"] == "a cup of coffee" and by_name["cup.mp4"]["source_etag"]
@@ -136,7 +137,7 @@ def test_ingest_and_filter_on_s3_in_this_process(store):
         summary = filter_stage.stage.Summary("filter")
         filter_stage.rebuild_selection(scoring, [], summary)
         assert summary.rows_in == len(rows) and summary.rows_kept == len(rows) - 1
-        selected = parquet.read_folder(storage.join(config.output, schema.SELECTION)).to_pylist()
+        selected = delta_tables.read(storage.join(config.output, schema.SELECTION)).to_pylist()
         assert {row["clip_id"] for row in selected} == {row["clip_id"] for row in rows}
 
 
@@ -258,6 +259,7 @@ def test_all_stages_under_ray_through_a_failing_store_equal_those_of_a_sound_one
         # Every kind for certain, whatever the order in which tasks ask; more by chance.
         proxy.script = [("PUT", ".parquet", fault) for fault in ("lost reply", "cut request", "error 500")]
         proxy.script += [("GET", ".parquet", fault) for fault in ("cut reply", "time-out")]
+        proxy.script += [("PUT", "_delta_log", fault) for fault in ("lost reply", "cut request", "error 500")]
         told, _ = stages.communicate("go on\n\n")
         assert told == "done\n", (tmp_path / "errors.txt").read_text()[-3000:]
     finally:

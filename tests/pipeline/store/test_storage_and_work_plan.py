@@ -1,11 +1,12 @@
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pytest
 
 from pipeline.runtime import work_plan
-from pipeline.store import bf16_columns, hashing, parquet, schema, storage
+from pipeline.store import bf16_columns, delta_tables, hashing, parquet, schema, storage
 
 TABLE = pa.schema([("row_id", pa.string()), ("data", pa.large_binary())])
 
@@ -18,33 +19,69 @@ def plan(folder: str, planned: list[dict], rows_per_shard: int = 8) -> list[work
     return work_plan.plan(folder, planned, "row_id", "f", rows_per_shard).pending
 
 
-def make(folder: str, pending: list[work_plan.Shard], fingerprint: str = "f") -> None:
-    table_schema = schema.with_fingerprint(TABLE, fingerprint)
-    for shard in pending:
-        made = lambda planned: [{**row, "data": row["row_id"].encode()} for row in planned]  # noqa: E731
-        work_plan.make_shard(folder, shard.to_json(), table_schema, made)
+def make(folder: str, pending: list[work_plan.Shard], killed: bool = False) -> None:
+    """killed: before what is written is committed."""
+    table_schema = schema.with_fingerprint(TABLE, "f")
+    made = lambda planned: [{**row, "data": row["row_id"].encode()} for row in planned]  # noqa: E731
+    reports = [work_plan.make_shard(folder, shard.to_json(), table_schema, made) for shard in pending]
+    if not killed:
+        work_plan.commit(folder, table_schema, reports)
 
 
 def ids(folder: str) -> list[str]:
-    table = parquet.read_folder(folder, ["row_id"])
+    table = delta_tables.read(folder, ["row_id"])
     return [] if table is None else table.column("row_id").to_pylist()
 
 
 def test_what_was_made_is_never_made_again_and_additions_only_add(tmp_path):
     folder = f"file://{tmp_path}/table"
     pending = plan(folder, rows(50))
-    make(folder, pending[:3])
+    make(folder, pending[:2])
+    make(folder, pending[2:3], killed=True)
     again = plan(folder, rows(50))
     assert [shard.name for shard in again] == [shard.name for shard in pending[3:]]
     make(folder, again)
     assert sorted(ids(folder)) == [row["row_id"] for row in rows(50)]
-    before = {url: os.stat(storage.path_of(url)).st_mtime_ns for url in parquet.parquet_files(folder)}
+    table = delta_tables.open_table(folder)
+    assert table is not None
+    before = {url: os.stat(storage.path_of(url)).st_mtime_ns for url in table.urls}
     more = plan(folder, rows(60))
     planned = [row for shard in more for row in work_plan.read_shard(folder, shard)]
     assert sorted(planned, key=lambda row: row["row_id"]) == rows(10, 50)
     make(folder, more)
     assert sorted(ids(folder)) == [row["row_id"] for row in rows(60)]
     assert {url: os.stat(storage.path_of(url)).st_mtime_ns for url in before} == before
+
+
+def test_drivers_that_commit_at_once_put_each_file_into_the_table_once(tmp_path):
+    """The one that is overtaken looks again; a late one that commits the same once more changes nothing."""
+    folder = f"file://{tmp_path}/table"
+    pending = plan(folder, rows(40), rows_per_shard=2)
+    make(folder, pending, killed=True)
+    files = delta_tables.whole_files(folder, [shard.name for shard in pending])
+    table_schema = schema.with_fingerprint(TABLE, "f")
+    parts = [files[:12], files[6:], files, files[3:9]]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda part: delta_tables.append(folder, table_schema, part), parts))
+    assert sorted(ids(folder)) == [row["row_id"] for row in rows(40)]
+    before = delta_tables.open_table(folder)
+    delta_tables.append(folder, table_schema, files)
+    assert delta_tables.open_table(folder) == before and before is not None and before.rows == 40
+    assert plan(folder, rows(40)) == []
+
+
+def test_a_replaced_table_keeps_its_former_versions_and_what_made_them(tmp_path):
+    url = f"file://{tmp_path}/table"
+    for number in range(3):
+        table = pa.table({"row_id": [f"r{number}"], "data": [b""]}, schema=TABLE)
+        size, _ = parquet.write_table(f"{url}/part-{number}.parquet", [table], TABLE)
+        file = delta_tables.DataFile(f"part-{number}.parquet", 1, size)
+        delta_tables.replace(url, TABLE, [file], {"limit": str(number)})
+    newest = delta_tables.open_table(url)
+    assert newest is not None and ids(url) == ["r2"]
+    former = delta_tables.open_table(url, newest.version - 1)
+    assert former is not None and former.read()["row_id"].to_pylist() == ["r1"]
+    assert [entry["limit"] for entry in delta_tables.history(url)[:3]] == ["2", "1", "0"]
 
 
 def test_rows_made_in_another_way_do_not_mix(tmp_path):

@@ -20,7 +20,7 @@ from pipeline.restoration import restore
 from pipeline.restoration.chunking import Chunk
 from pipeline.restoration.restore import RestoreConfig, Restorer, Sampling
 from pipeline.runtime.job_config import parse
-from pipeline.store import parquet, schema, storage
+from pipeline.store import delta_tables, parquet, schema, storage
 from pipeline.training import convert
 from pipeline.training.runs import train_dit, trainer
 from pipeline.training.samples import latent_reader
@@ -200,7 +200,9 @@ def data(tmp_path_factory, model_of, local_ray) -> str:
 
 
 def test_the_fixed_prompt_is_by_reference_and_negative_when_dropped(data, model_of):
-    (file, *_) = parquet.parquet_files(f"{data}/{schema.TEXT}")
+    text = delta_tables.open_table(f"{data}/{schema.TEXT}")
+    assert text is not None
+    (file, *_) = text.urls
     metadata = parquet.read_schema(file).metadata
     assert metadata[b"text"] == b"fixed"
     named = json.loads(metadata[b"openseedvr.fixed_text"])

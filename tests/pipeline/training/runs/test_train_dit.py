@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from model.checkpoints import load_sd3_transformer
 from model.dit.swin_mmdit import TINY
-from pipeline.store import storage
+from pipeline.store import delta_tables, storage
 from pipeline.training.runs import train_dit, trainer
 from pipeline.training.samples import latent_reader, sample_order
 from pipeline.training.samples.batch import collate, training_sample
@@ -147,7 +147,8 @@ def step_of(complete: Path) -> int:
 
 def add_latents(root: Path) -> None:
     """One more file of latents/, with images for training, as a precompute of more clips adds it."""
-    index = pq.read_table(root / "latents/_index")
+    index = delta_tables.read(f"file://{root}/latents/_index")
+    assert index is not None
     image = pc.and_(pc.equal(index["bucket"], "1x64x64"), pc.equal(index["split"], "train"))
     file = index.filter(image)["file"][0].as_py()
     for folder in ("latents", "latents/_index"):
@@ -158,7 +159,7 @@ def add_latents(root: Path) -> None:
             table = table.set_column(
                 table.column_names.index("file"), "file", [["part-new.parquet"] * len(table)]
             )
-        pq.write_table(table, root / folder / "part-new.parquet")
+        delta_tables.write(f"file://{root}/{folder}", "part-new.parquet", [table], table.schema)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Reading samples back: the right rows of the right files, each read about once."""
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -55,9 +56,9 @@ def test_an_epoch_reads_each_row_group_once(root, monkeypatch):
     reader = latent_reader.LatentReader(root)
     stream = sample_order.SampleStream(latent_reader.read_index(root), 0, TINY)
     read = []
-    original = latent_reader.pq.ParquetFile.read_row_group
+    original = pq.ParquetFile.read_row_group
     monkeypatch.setattr(
-        latent_reader.pq.ParquetFile,
+        pq.ParquetFile,
         "read_row_group",
         lambda *given, **k: read.append(1) or original(*given, **k),
     )
