@@ -28,7 +28,7 @@ from pipeline.training.objectives.one_step_loss import OneStepConfig, PixelLoss
 from pipeline.training.runs import loggers, loop, run_log, trainer, utilisation
 from pipeline.training.runs.held_out import held_out_loss, held_out_set
 from pipeline.training.runs.validation import Validation, ValidationConfig
-from pipeline.training.samples import latent_reader, online_latents, sample_order
+from pipeline.training.samples import latent_reader, online_latents, sample_order, selected
 from pipeline.training.samples.batch import Batch, Step, rank_steps
 from pipeline.training.samples.online_latents import OnlineReader
 from pipeline.training.state import ranks
@@ -66,7 +66,7 @@ class TrainDitConfig:
     """What `jobs.train_dit` reads."""
 
     data: Url
-    """Absolute URL of the data root that holds latents/ and text/, or with `online` clips/ and selection/."""
+    """Absolute URL of the data root: latents/, text/ and selection/; with `online` clips/ for latents/."""
     output: Url
     """Absolute URL of the folder for checkpoints/dit, weights/dit and tensorboard/dit; runs resume there."""
     stages: list[StageConfig]
@@ -275,13 +275,19 @@ def open_stage(worker: Worker, state: loop.State) -> loop.Stage:
     if state["stage_step"] == 0:
         state["position"] = 0
     index = samples_of_stage(config, state)
-    held_out_rows = rows_of(index, stage_config, "held_out")
+    rows, held_out_rows = (rows_of(index, stage_config, split) for split in ("train", "held_out"))
+    allowed = None
+    if config.online is None:  # which plans its samples by the newest selection/
+        version = state["selection_version"] = selected.newest_version(config.data)
+        allowed = selected.allowed(rows, config.data, version, "train", stage_config.name)
+        held_out_rows = held_out_rows.filter(
+            pa.array(selected.allowed(held_out_rows, config.data, version, "held_out", stage_config.name))
+        )
     tokens_per_pack = stage_config.tokens_per_pack
     fixed = held_out_set(reader, held_out_rows, config.heldout_triples, tokens_per_pack, config.seed)
-    rows = rows_of(index, stage_config, "train")
     steps = rank_steps(
         reader,
-        sample_order.SampleStream(rows, config.seed, worker.engine.module.config),
+        sample_order.SampleStream(rows, config.seed, worker.engine.module.config, allowed),
         state["position"],
         config.packs_per_step,
         tokens_per_pack,

@@ -30,7 +30,7 @@ from pipeline.store.urls import Url, check_urls
 from pipeline.training.objectives import vae_loss
 from pipeline.training.objectives.vae_loss import AdversarialConfig, LengthGroup, Objective
 from pipeline.training.runs import loggers, loop, trainer
-from pipeline.training.samples import vae_crops
+from pipeline.training.samples import selected, vae_crops
 from pipeline.training.samples.vae_crops import CropPlan, CropReader, fitting_clips
 from pipeline.training.state import ranks
 from pipeline.training.state.ema import MovingAverage
@@ -240,9 +240,10 @@ def open_stage(worker: Worker, state: loop.State) -> loop.Stage:
     config = worker.config
     stage_config = config.stages[state["stage"]]
     plan = crop_plan(config, stage_config.crop)
-    held_out_clips = fitting_clips(config.data, "held_out", plan.crop)
+    version = state["selection_version"] = selected.newest_version(config.data)
+    held_out_clips = fitting_clips(config.data, "held_out", plan.crop, version)
     fixed = vae_crops.held_out_crops(plan, held_out_clips, config.heldout_crops)
-    reader = CropReader(plan, fitting_clips(config.data, "train", plan.crop))
+    reader = CropReader(plan, fitting_clips(config.data, "train", plan.crop, version))
     batches = trainer.prefetched(
         vae_crops.crop_batches(
             reader, stage_config.crops_per_worker, state["stage"], state["stage_step"], stage_config.steps

@@ -37,16 +37,24 @@ class SampleStream:
 
     Localities are shuffled first, then samples within windows of some 512 MB of latents, which a reader
     caches, so that each locality is read about once. A small data set is a single window. (Localities are
-    random samples of the whole data already, since shards are assigned by hash.)
+    random samples of the whole data already, since shards are assigned by hash.) Positions of samples that
+    may no longer be used are passed over, so the others keep their order.
     """
 
-    def __init__(self, rows: pa.Table, seed: int, model: flops.Config) -> None:
-        """rows: of the sample table, at least one, in its order. model: whose FLOPs are a sample's cost."""
+    def __init__(
+        self, rows: pa.Table, seed: int, model: flops.Config, allowed: np.ndarray | None = None
+    ) -> None:
+        """rows: of the sample table, at least one, in its order. model: whose FLOPs are a sample's cost.
+
+        allowed: `(rows,)` bool, the samples that may be used, at least one; None for all.
+        """
         assert rows.num_rows
         self.rows = rows
+        self.allowed = np.ones(rows.num_rows, bool) if allowed is None else allowed
+        assert self.allowed.any()
         self.seed, self.model = seed, model
         self.tokens = _numbers(self.rows, "video_tokens")
-        self.mean_tokens = float(self.tokens.mean())
+        self.mean_tokens = float(self.tokens[self.allowed].mean())
         steps = np.diff(_numbers(rows, "locality"))
         assert (steps >= 0).all(), "the rows are not in the sample table's order"
         self.localities = np.concatenate([[0], np.cumsum(steps != 0)])
@@ -72,14 +80,21 @@ class SampleStream:
                 self._orders.popitem(last=False)
         return self._orders[epoch]
 
-    def numbers(self, position: int, count: int) -> np.ndarray:
-        """(count,) row numbers of the samples from a position on."""
-        parts = []
+    def upcoming(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(count,) positions and (count,) row numbers of the next samples from a position on."""
+        positions, numbers = [], []
         while count:
             epoch, within = divmod(position, len(self))
-            parts.append(self.order(epoch)[within : within + count])
-            position, count = position + len(parts[-1]), count - len(parts[-1])
-        return np.concatenate(parts)
+            order = self.order(epoch)[within:]
+            places = np.flatnonzero(self.allowed[order])[:count]
+            positions.append(position + places)
+            numbers.append(order[places])
+            position, count = (epoch + 1) * len(self), count - len(places)
+        return np.concatenate(positions), np.concatenate(numbers)
+
+    def numbers(self, position: int, count: int) -> np.ndarray:
+        """(count,) row numbers of the next samples from a position on."""
+        return self.upcoming(position, count)[1]
 
     def costs(self, numbers: np.ndarray) -> np.ndarray:
         """FLOPs of these rows' forward passes, nothing of their text dropped."""
@@ -127,15 +142,15 @@ def pack_step(stream: SampleStream, position: int, packs_per_step: int, tokens_p
     count = -(-budget // int(stream.mean_tokens)) + 1
     while stream.tokens[stream.numbers(position, count)].sum() <= budget:
         count *= 2
-    numbers = stream.numbers(position, count)
+    positions, numbers = stream.upcoming(position, count)
     # One more than fit.
     numbers = numbers[: int(np.searchsorted(np.cumsum(stream.tokens[numbers]), budget, side="right")) + 1]
     costs, tokens, localities = stream.costs(numbers), stream.tokens[numbers], stream.localities[numbers]
     packs = pack_balance.fill_packs(costs, tokens, localities, packs_per_step, tokens_per_pack)
     return PackedStep(
-        [[position + number for number in pack] for pack in packs],
+        [[int(positions[number]) for number in pack] for pack in packs],
         [float(costs[pack].sum()) for pack in packs],
-        position + sum(map(len, packs)),
+        int(positions[sum(map(len, packs)) - 1]) + 1,
     )
 
 

@@ -35,12 +35,17 @@ class CropPlan:
     seed: int
 
 
-def fitting_clips(data_url: str, split: str, crop: cropping.Bucket) -> list[dict[str, Any]]:
-    """The kept clips that are large enough for a crop; images need one frame only. ValueError if none is."""
+def fitting_clips(
+    data_url: str, split: str, crop: cropping.Bucket, version: int | None = None
+) -> list[dict[str, Any]]:
+    """The kept clips that are large enough for a crop; images need one frame only. ValueError if none is.
+
+    version: of selection/; None for the newest.
+    """
     image = dataclasses.replace(crop, frames=1)
     fitting = [
         clip
-        for clip in kept_clips(data_url, split)
+        for clip in kept_clips(data_url, split, version)
         if cropping.fits(clip, image if clip["media"] == "image" else crop)
     ]
     if not fitting:
