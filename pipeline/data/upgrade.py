@@ -43,7 +43,7 @@ def run(config: UpgradeConfig) -> None:
     for url in tables:
         _upgrade_plans(storage.join(url, work_plan.PLANS))
         files = _adopt(url)
-        print(f"{url}: {files} files", flush=True)
+        print(f"{url}: {files} file{'' if files == 1 else 's'}", flush=True)
 
 
 def _names(folder_url: str) -> list[str]:
