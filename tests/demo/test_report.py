@@ -13,7 +13,7 @@ import pytest
 from demo import report_plots, results
 from demo.report import metric_table, stage_table, training_tables
 from pipeline.evaluation.synthetic_pairs import write_lossless
-from pipeline.store import parquet, schema, storage
+from pipeline.store import delta_tables, schema, storage
 from tests.helpers.tiny_models import save_vae
 
 HOSTILE = "<img src=x onerror=alert(1)>_\"'&_0"
@@ -57,7 +57,7 @@ def run_folder(tmp_path: Path) -> Path:
     table_schema = schema.scores_schema(["blur", "never_computed"])
     rows = [{"clip_id": str(i), "blur": float(i), "never_computed": None, "error": None} for i in range(9)]
     table = pa.Table.from_pylist(rows, schema=table_schema)
-    parquet.write_table(f"file://{tmp_path}/data/scores/part.parquet", [table], table_schema)
+    delta_tables.write(f"file://{tmp_path}/data/scores", "part.parquet", [table], table_schema)
     save_vae(tmp_path / "data" / "weights" / "vae")
     for model in ("vae", "dit"):
         steps = [{"step": i, "stage": "5x64x64", "loss": 1 / i} for i in range(1, 5)]
