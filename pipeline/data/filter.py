@@ -25,7 +25,7 @@ from pipeline.data.scorers.scorer_config import ScorersConfig
 from pipeline.data.selection import Threshold
 from pipeline.data.upgrade import check_upgraded
 from pipeline.runtime import prometheus, stage, work_plan
-from pipeline.store import delta_tables, hashing, parquet, schema, source_cache, storage
+from pipeline.store import delta_tables, hashing, schema, source_cache, storage
 from pipeline.store.urls import Url, check_urls
 from pipeline.video.sandbox import MediaError
 from pipeline.video.sandbox import shared as shared_sandbox
@@ -265,10 +265,7 @@ def rebuild_selection(config: FilterConfig, made_by: list[str], summary: stage.S
             yield pa.Table.from_pylist(rows, schema=schema.SELECTION_SCHEMA)
 
     url, name = storage.join(config.data, schema.SELECTION), f"part-{uuid.uuid4().hex}.parquet"
-    size, count = parquet.write_table(
-        storage.join(url, name), work_plan.joined(tables()), schema.SELECTION_SCHEMA
-    )
-    file = delta_tables.DataFile(name, count, size)
+    file = delta_tables.write_file(url, name, work_plan.joined(tables()), schema.SELECTION_SCHEMA)
     delta_tables.replace(url, schema.SELECTION_SCHEMA, [file], config.decided_by)
     summary.rows_in = len(clips)
     summary.rejected = dict(reasons.most_common())
@@ -311,11 +308,6 @@ def open_clips(data_url: str) -> delta_tables.Table:
     if table is None:
         raise ValueError(f"data: {data_url} has no clips/; run ingest first")
     return table
-
-
-def iterate_clips(data_url: str) -> Iterator[dict[str, Any]]:
-    """Every row of clips/; ValueError if there is none."""
-    yield from _rows_of(open_clips(data_url))
 
 
 def run(config: FilterConfig) -> stage.Summary:

@@ -217,7 +217,7 @@ def table_schema(config: PrecomputeConfig, fingerprint: str) -> pa.Schema:
 def commit(latents_url: str, latents_schema: pa.Schema, reports: list[dict[str, Any]]) -> None:
     """Let the files of these reports belong to latents/, then their indices to latents/_index/."""
     indices = [
-        delta_tables.DataFile(report["name"], report.pop("index_rows"), report.pop("index_bytes"))
+        delta_tables.DataFile(report["name"], report["index_rows"], report["index_bytes"])
         for report in reports
     ]
     work_plan.commit(latents_url, latents_schema, reports)
@@ -250,9 +250,8 @@ def index_file(latents_url: str, shard: work_plan.Shard) -> delta_tables.DataFil
                 }
             )
     table = pa.Table.from_pylist(rows, schema=schema.INDEX_SCHEMA)
-    url = storage.join(latents_url, schema.INDEX, shard.name)
-    written, count = parquet.write_table(url, [table], schema.INDEX_SCHEMA)
-    return delta_tables.DataFile(shard.name, count, written)
+    index_url = storage.join(latents_url, schema.INDEX)
+    return delta_tables.write_file(index_url, shard.name, [table], schema.INDEX_SCHEMA)
 
 
 def complete_index(latents_url: str) -> int:

@@ -239,10 +239,6 @@ class ShardReport:
     bytes: int
     """of the file"""
 
-    @property
-    def file(self) -> delta_tables.DataFile:
-        return delta_tables.DataFile(self.name, self.rows, self.bytes)
-
     def as_row(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -266,7 +262,8 @@ def make_shard(
 
 def commit(folder_url: str, table_schema: pa.Schema, reports: list[dict[str, Any]]) -> None:
     """Let the files of these reports belong to the stage's table. By the driver alone."""
-    delta_tables.append(folder_url, table_schema, [ShardReport(**report).file for report in reports])
+    files = [delta_tables.DataFile(report["name"], report["rows"], report["bytes"]) for report in reports]
+    delta_tables.append(folder_url, table_schema, files)
 
 
 def count_reasons(reasons: list[str | None]) -> dict[str, int]:

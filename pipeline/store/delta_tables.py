@@ -10,7 +10,6 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Transaction
@@ -112,20 +111,19 @@ def _place(url: str) -> str:
     return url if url.startswith("s3://") else storage.path_of(url)
 
 
-def append(
-    url: str, table_schema: pa.Schema, files: Iterable[DataFile], note: Mapping[str, str] | None = None
-) -> None:
+def append(url: str, table_schema: pa.Schema, files: Iterable[DataFile]) -> None:
     """Add whole files to a table, which is made if there is none; those that it has already stay as they are.
 
-    table_schema: of all files; its fingerprint becomes the table's. note: kept in the table's history.
+    table_schema: of all files; its fingerprint becomes the table's.
     """
-    _commit(url, table_schema, list(files), "append", note)
+    _commit(url, table_schema, list(files), "append", {})
 
 
-def replace(
-    url: str, table_schema: pa.Schema, files: Iterable[DataFile], note: Mapping[str, str] | None = None
-) -> None:
-    """Let a table consist of these files from now on; its former versions can still be read."""
+def replace(url: str, table_schema: pa.Schema, files: Iterable[DataFile], note: Mapping[str, str]) -> None:
+    """Let a table consist of these files from now on; its former versions can still be read.
+
+    note: kept in the table's history.
+    """
     _commit(url, table_schema, list(files), "overwrite", note)
 
 
@@ -140,18 +138,23 @@ def whole_files(url: str, names: Iterable[str]) -> list[DataFile]:
         return list(pool.map(describe, names))
 
 
+def write_file(url: str, name: str, tables: Iterable[pa.Table], table_schema: pa.Schema) -> DataFile:
+    """Write one file into a table's folder, its row groups the given tables; it is not committed yet."""
+    size, rows = parquet.write_table(storage.join(url, name), tables, table_schema)
+    return DataFile(name, rows, size)
+
+
 def write(url: str, name: str, tables: Iterable[pa.Table], table_schema: pa.Schema) -> None:
     """Write one file and add it to the table."""
-    size, rows = parquet.write_table(storage.join(url, name), tables, table_schema)
-    append(url, table_schema, [DataFile(name, rows, size)])
+    append(url, table_schema, [write_file(url, name, tables, table_schema)])
 
 
 def _commit(
-    url: str, table_schema: pa.Schema, files: list[DataFile], mode: str, note: Mapping[str, str] | None
+    url: str, table_schema: pa.Schema, files: list[DataFile], mode: str, note: Mapping[str, str]
 ) -> None:
     for attempt in range(_ATTEMPTS):
         try:
-            _try_to_commit(url, table_schema, files, mode, dict(note or {}))
+            _try_to_commit(url, table_schema, files, mode, dict(note))
             return
         except (CommitFailedError, DeltaError, OSError) as error:  # overtaken, or the store failed
             if attempt == _ATTEMPTS - 1:
@@ -193,9 +196,3 @@ def _create(url: str, table_schema: pa.Schema) -> DeltaTable:
 def _action(file: DataFile) -> AddAction:
     statistics = json.dumps({"numRecords": file.rows})
     return AddAction(file.name, file.bytes, {}, int(time.time() * 1000), True, statistics)
-
-
-def history(url: str) -> list[dict[str, Any]]:
-    """What was done to a table, the newest first; empty if there is none."""
-    log = _open_log(url)
-    return [] if log is None else log.history()

@@ -153,6 +153,7 @@ def index_of(config: TrainDitConfig) -> pa.Table:
 def check_data(config: TrainDitConfig) -> None:
     """Stop before any worker starts if the latents do not fit the config."""
     index = index_of(config)
+    selected.open_selection(config.data)
     model = config.model if config.initial is None else backbones.shape_of(config.initial)
     assert model is not None  # TrainDitConfig has checked
     if config.compile_mlps and not isinstance(model, SwinMMDiTConfig):
@@ -279,29 +280,18 @@ def open_stage(worker: Worker, state: loop.State) -> loop.Stage:
     allowed = None
     if config.online is None:  # which plans its samples by the newest selection/
         version = state["selection_version"] = selected.newest_version(config.data)
-        allowed = selected.allowed(rows, config.data, version, "train", stage_config.name)
-        held_out_rows = held_out_rows.filter(
-            pa.array(selected.allowed(held_out_rows, config.data, version, "held_out", stage_config.name))
-        )
+        allowed, held_out_rows = selected.usable(rows, held_out_rows, config.data, version, stage_config.name)
     tokens_per_pack = stage_config.tokens_per_pack
     fixed = held_out_set(reader, held_out_rows, config.heldout_triples, tokens_per_pack, config.seed)
-    steps = rank_steps(
-        reader,
-        sample_order.SampleStream(rows, config.seed, worker.engine.module.config, allowed),
-        state["position"],
-        config.packs_per_step,
-        tokens_per_pack,
-        ranks.rank(),
-        ranks.world_size(),
-        stage_config.one_step_share,
-    )
+    stream = sample_order.SampleStream(rows, config.seed, worker.engine.module.config, allowed)
+    place = state["position"], config.packs_per_step, tokens_per_pack, ranks.rank(), ranks.world_size()
+    steps = trainer.prefetched(rank_steps(reader, stream, *place, stage_config.one_step_share))
     one_step = stage_config.one_step
     pixel_loss = PixelLoss(one_step, device, dtype) if one_step and one_step.vae else None
-    prefetched = trainer.prefetched(steps)
     opened = loop.Stage(
         name=stage_config.name,
         steps=stage_config.steps,
-        step=lambda: train_step(worker, stage_config, state, prefetched, pixel_loss),
+        step=lambda: train_step(worker, stage_config, state, steps, pixel_loss),
         held_out=lambda: {
             "loss": held_out_loss(functools.partial(forward, worker.averaged()), fixed, device, dtype)
         },

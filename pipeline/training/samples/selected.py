@@ -15,20 +15,22 @@ from pipeline.training.state import ranks
 _FIELDS = ["clip_id", "keep", "split", "reject_reason"]
 
 
-def newest_version(data_url: str) -> int:
-    """The version of selection/ as rank 0 finds it, on every rank; ValueError if there is none."""
-    table = delta_tables.open_table(storage.join(data_url, schema.SELECTION)) if ranks.rank() == 0 else None
-    version = ranks.from_rank_0(table and table.version)
-    if version is None:
+def open_selection(data_url: str, version: int | None = None) -> delta_tables.Table:
+    """selection/ as it is now or was in a version; ValueError if there is none."""
+    table = delta_tables.open_table(storage.join(data_url, schema.SELECTION), version)
+    if table is None:
         raise ValueError(f"data: {data_url} has no selection/; run filter first")
-    return version
+    return table
+
+
+def newest_version(data_url: str) -> int:
+    """The version of selection/ as rank 0 finds it, on every rank."""
+    return ranks.from_rank_0(open_selection(data_url).version if ranks.rank() == 0 else None)
 
 
 def reasons(samples: pa.Table, data_url: str, version: int, split: str) -> pa.Array:
     """Why each of these rows of the sample table may not be used for a split; null where it may."""
-    table = delta_tables.open_table(storage.join(data_url, schema.SELECTION), version)
-    assert table is not None
-    selection = table.read(_FIELDS)
+    selection = open_selection(data_url, version).read(_FIELDS)
     places = pc.index_in(samples["clip_id"].combine_chunks(), value_set=selection["clip_id"].combine_chunks())
     found = selection.take(places)
     rejected = pc.list_element(pc.split_pattern(found["reject_reason"], ":", max_splits=1), 0)
@@ -39,8 +41,8 @@ def reasons(samples: pa.Table, data_url: str, version: int, split: str) -> pa.Ar
             pc.not_equal(found["split"], split).fill_null(True),
         ),
         "not in selection/",
-        rejected,
-        pc.binary_join_element_wise("now", found["split"], " "),
+        pc.coalesce(rejected, "rejected"),
+        pc.coalesce(pc.binary_join_element_wise("now", found["split"], " "), "without a split"),
     ).combine_chunks()
 
 
@@ -62,3 +64,11 @@ def allowed(samples: pa.Table, data_url: str, version: int, split: str, stage_na
     if idle == len(why):
         raise ValueError(f"stages.{stage_name}: selection/ (version {version}) allows no {split} sample")
     return why.is_null().to_numpy(zero_copy_only=False)
+
+
+def usable(
+    train: pa.Table, held_out: pa.Table, data_url: str, version: int, stage_name: str
+) -> tuple[np.ndarray, pa.Table]:
+    """Which rows of the one may be trained on, `(rows,)` bool, and the rows of the other that may be used."""
+    held_out_allowed = allowed(held_out, data_url, version, "held_out", stage_name)
+    return allowed(train, data_url, version, "train", stage_name), held_out.filter(pa.array(held_out_allowed))

@@ -102,7 +102,7 @@ def test_every_clip_has_scores_and_a_decision(data):
     assert len(rows) == summary.rows_in == 8
     assert rows["unread"]["reject_reason"] == "error: no video"
     assert rows["broken"]["reject_reason"].startswith("error: ") and not rows["broken"]["keep"]
-    clips = {row["clip_id"]: row for row in filter_stage.iterate_clips(data)}
+    clips = {row["clip_id"]: row for row in filter_stage.open_clips(data).read().to_pylist()}
     names = {i: clips[i]["uri"].rsplit("/", 1)[-1] for i in rows}
     cups = sorted(i for i in rows if names[i] == "cup.mp4")
     assert [rows[i]["keep"] for i in cups] == [True, False]

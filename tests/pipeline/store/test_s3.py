@@ -132,7 +132,7 @@ def test_ingest_and_filter_on_s3_in_this_process(store):
         thresholds = {"exposure": Threshold(min=1)}
         scoring = FilterConfig(data=config.output, thresholds=thresholds, niqe_frames=0)
         scores_url = storage.join(config.output, schema.SCORES)
-        clips = filter_stage.iterate_clips(config.output)
+        clips = filter_stage.open_clips(config.output).read().to_pylist()
         run_pending(scores_url, scoring, clips, "clip_id", filter_stage.score_shard)
         summary = filter_stage.stage.Summary("filter")
         filter_stage.rebuild_selection(scoring, [], summary)

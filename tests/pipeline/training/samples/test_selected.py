@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.store import delta_tables, parquet, schema, storage
+from pipeline.store import delta_tables, schema, storage
 from pipeline.training.samples import latent_reader, selected
 from pipeline.training.samples.sample_order import SampleStream, pack_step
 from pipeline.training.state import checkpoint
@@ -24,9 +24,8 @@ REASON = "niqe too high: 9.1 > 6"
 def select(data: str, rows: list[dict]) -> None:
     """A new version of selection/."""
     table, url = pa.Table.from_pylist(rows, schema=schema.SELECTION_SCHEMA), f"{data}/selection"
-    name = f"part-{uuid.uuid4().hex}.parquet"
-    size, count = parquet.write_table(f"{url}/{name}", [table], schema.SELECTION_SCHEMA)
-    delta_tables.replace(url, schema.SELECTION_SCHEMA, [delta_tables.DataFile(name, count, size)])
+    file = delta_tables.write_file(url, f"part-{uuid.uuid4().hex}.parquet", [table], schema.SELECTION_SCHEMA)
+    delta_tables.replace(url, schema.SELECTION_SCHEMA, [file], {})
 
 
 def decision(clip: str, split: str = "train", reason: str | None = None) -> dict:
@@ -57,6 +56,13 @@ def test_rejected_held_out_and_unknown_clips_are_idle_and_the_log_says_why(tmp_p
         selected.allowed(samples.slice(0, 3), data, version, "held_out", "one")
     with pytest.raises(ValueError, match="has no selection/; run filter first"):
         selected.newest_version(f"{data}/nothing")
+
+
+def test_a_rejection_without_a_reason_is_one_all_the_same(tmp_path, one_rank):
+    data, samples = f"file://{tmp_path}", pa.table({"clip_id": ["a", "b"]})
+    select(data, [decision("a"), decision("b") | {"keep": False}])
+    found = selected.allowed(samples, data, selected.newest_version(data), "train", "one")
+    assert found.tolist() == [True, False]
 
 
 def test_the_others_keep_their_order_and_their_positions():
