@@ -121,7 +121,7 @@ def filesystem(url: str) -> fsspec.AbstractFileSystem:
 
 
 def delta_options(url: str) -> dict[str, str] | None:
-    """The same settings for Delta Lake's client, which takes credentials from the environment too."""
+    """Settings of Delta Lake's own client: the time-outs and endpoint of `filesystem`, credentials likewise."""
     if not url.startswith("s3://"):
         return None
     settings = _S3_OPTIONS["config_kwargs"]
@@ -352,7 +352,7 @@ def open_input(url: str) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def open_ranges(url: str) -> Iterator[IO[bytes]]:
-    """The same, without reading ahead: each read asks for its own bytes, as readers of Parquet want it."""
+    """A seekable file object that reads nothing ahead: each read asks the store for its own bytes alone."""
     fs = filesystem(url)
     ahead = {"cache_type": "none"} if url.startswith("s3://") else {}
     with fs.open(path_of(url), "rb", **ahead) as file:
