@@ -121,7 +121,7 @@ def filesystem(url: str) -> fsspec.AbstractFileSystem:
 
 
 def delta_options(url: str) -> dict[str, str] | None:
-    """Settings of Delta Lake's own client: the time-outs and endpoint of `filesystem`, credentials likewise."""
+    """Settings of Delta Lake's own client: time-outs and endpoint as in `filesystem`, credentials too."""
     if not url.startswith("s3://"):
         return None
     settings = _S3_OPTIONS["config_kwargs"]
